@@ -1,0 +1,106 @@
+"""The command `wkv`: a lazy table of subcommands; each file parses, calls the library, and prints.
+
+A subcommand's module is imported when that command is called or asked for help, and imports torch only
+when it has work to do. Results go to stdout, progress and errors to stderr. Exit status: 0 done,
+1 an error, 2 a wrong command line, 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+
+from ..errors import Error
+from .common import DEMO_MODEL, note
+
+COMMANDS = ("demo", "info", "generate", "chat", "bench", "convert")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit status."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    options = tokens[: tokens.index("--")] if "--" in tokens else tokens
+    debug = "--debug" in options
+    if debug:
+        tokens.remove("--debug")
+    try:
+        if not tokens:
+            return _menu()
+        status = _app()(tokens, result_action="return_value", print_error=False, exit_on_error=False)
+        sys.stdout.flush()  # a closed pipe shows here, not at exit
+        return int(status or 0)
+    except KeyboardInterrupt:
+        note("wkv: stopped")
+        return 130
+    except BrokenPipeError:
+        # The reader (`head`, a pager) has seen enough. Nothing may flush into the closed pipe at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        command = f"wkv {tokens[0]}" if tokens and tokens[0] in COMMANDS else "wkv"
+        note(f"wkv: {_one_line(error, command)}", style="red")
+        return 2 if isinstance(error, CycloptsError) else 1
+
+
+def _app() -> App:
+    app = App(
+        name="wkv",
+        help="RWKV language models, generations 4 to 7: load, generate, chat, train, prove.",
+        help_epilogue="Every command takes --help, and --debug to show tracebacks.",
+        version=_version,
+        default_parameter=Parameter(negative=()),
+        suppress_keyboard_interrupt=False,
+    )
+    for name in COMMANDS:
+        app.command(f"wkv.cli.{name}:{name}", name=name)
+    return app
+
+
+def _version() -> str:
+    import wkv
+
+    return wkv.__version__
+
+
+def _menu() -> int:
+    """What to type next: the demo comes first until it has made a model."""
+    lines = [
+        ("wkv demo", "train a small model on this computer, in 3 minutes"),
+        ('wkv generate "def "', f"let {DEMO_MODEL} write"),
+        ("wkv chat model.pth", "talk to a model"),
+        ("wkv info model.pth", "what is this file?"),
+        ("wkv --help", "every command; each has --help with examples"),
+    ]
+    print("RWKV language models, generations 4 to 7.\n")
+    for command, purpose in lines[1:] if DEMO_MODEL.exists() else lines[:1] + lines[2:]:
+        print(f"  {command:<22}{purpose}")
+    return 0
+
+
+def _one_line(error: Exception, command: str) -> str:
+    """What came, what was expected and what to try, whatever raised it."""
+    match error:
+        case UnusedCliTokensError():
+            text = f"{error} Try: quotes around text with spaces, or {command} --help."
+        case CycloptsError():
+            text = f"{error} Try: {command} --help."
+        case Error():
+            text = str(error)
+        case OSError(strerror=str(reason)):
+            text = f"{error.filename}: {reason}." if error.filename else f"{reason}."
+        case MemoryError() | RuntimeError() if "memory" in f"{error!r}".lower():
+            text = "not enough memory. Try: --dtype bf16, or a smaller model; wkv info says what each needs."
+        case _:
+            text = (
+                f"{type(error).__name__}: {error}. This is a fault in wkv. Try: --debug, which shows where."
+            )
+    # One line, and no escape sequence that a file's tensor names could send to the terminal.
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))

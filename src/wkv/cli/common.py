@@ -1,0 +1,202 @@
+"""What the commands share: options, where a model comes from, and how progress is told."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from ..errors import Error, TokenizerError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..models import RWKV
+    from ..tokenizers import Tokenizer
+
+DEMO_MODEL = Path("runs/demo/model.safetensors")
+MODEL_SUFFIXES = (".pth", ".safetensors")
+
+Dtype = Literal["fp32", "bf16", "fp16", "fp64", "float32", "bfloat16", "float16", "float64"]
+DtypeFlag = Annotated[Dtype | None, Parameter(show_choices=False)]
+_LONG_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+class UsageError(Error):
+    """The command line itself is wrong: exit status 2."""
+
+
+@Parameter(name="*", group="Model")
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """How a model is loaded.
+
+    Parameters
+    ----------
+    dtype
+        compute in fp32, bf16, fp16 or fp64; without it, the file's own
+    device
+        cpu, cuda, cuda:1, ...
+    tokenizer
+        world, bytes, or the path of a tokenizer.json; without it, found beside the model or by its vocabulary
+    threads
+        CPU threads; without it, one per core
+    """
+
+    dtype: DtypeFlag = None
+    device: str = "cpu"
+    tokenizer: str | None = None
+    threads: int | None = None
+
+
+@Parameter(name="*", group="Sampling")
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How the next token is chosen: the settings of `wkv.Sampling` that fit on a command line.
+
+    Parameters
+    ----------
+    temperature
+        0: always the best token; below 1 bolder, above 1 wilder
+    top_p
+        keep the most probable tokens that together reach this probability; 1: all
+    top_k
+        keep this many of the most probable tokens; 0: all
+    min_p
+        keep tokens with at least this share of the best one's probability; 0: all
+    presence_penalty
+        lowers every token that was written before
+    frequency_penalty
+        the same, for each time that it was written
+    penalty_decay
+        how fast that is forgotten: the factor per token
+    repetition_penalty
+        divides the score of tokens that were written before; 1: off
+    seed
+        the same seed gives the same text; without it, different every time
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.85
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.2
+    frequency_penalty: float = 0.2
+    penalty_decay: float = 0.996
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+MODEL_DEFAULTS = ModelFlags()
+SAMPLING_DEFAULTS = SamplingFlags()
+
+
+def note(text: str, style: str | None = None) -> None:
+    """One line on stderr: progress, figures, errors. Coloured only where colour is wanted."""
+    from rich.console import Console
+
+    Console(stderr=True).print(text, style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+def write_out(text: str) -> None:
+    """Text to stdout, now. A character that the terminal's encoding lacks becomes `?`."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def human_bytes(n: float) -> str:
+    """`1.4 MB`, with decimal units as on the shelves of disks and memory bandwidths."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000:
+            break
+        n /= 1000
+    else:
+        unit = "TB"
+    return f"{n:.3g} {unit}"
+
+
+def torch_dtype(name: Dtype | None) -> torch.dtype | None:
+    """`fp32`, `float32`, ... as torch knows them; None, which leaves the choice to the file, stays None."""
+    if name is None:
+        return None
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _LONG_NAMES.get(name, name))
+    return dtype
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute with this many threads; None keeps torch's choice, one per core."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise UsageError(f"--threads is {threads}", "at least 1")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def use_device(name: str) -> torch.device:
+    """The device of that name. UsageError when there is none such here."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch built without CUDA raises the latter
+        raise UsageError(
+            f"--device is {name!r}, which this machine does not have", "cpu, cuda, ..."
+        ) from None
+    return device
+
+
+def find_file(name: str, expected: str) -> Path:
+    """The file of that name; the error lists the nearest names on disk."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else path.parent
+    there = [str(file) for file in folder.glob("*") if file.suffix in MODEL_SUFFIXES and file.is_file()]
+    near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.0)
+    problem = "is a folder" if path.is_dir() else "does not exist"
+    advice = ", ".join(near) if near else "wkv demo, which makes a small model in 3 minutes"
+    raise Error(f"{name} {problem}", expected, advice)
+
+
+def find_model(name: str | None) -> Path:
+    """The checkpoint that the user means; without a name, the one that `wkv demo` made here."""
+    if name is not None:
+        return find_file(name, "a checkpoint, .pth or .safetensors")
+    if not DEMO_MODEL.exists():
+        raise UsageError(
+            f"no model was named, and {DEMO_MODEL} does not exist",
+            "a checkpoint, .pth or .safetensors",
+            "wkv demo, which makes that one in 3 minutes",
+        )
+    note(f"using {DEMO_MODEL}")
+    return DEMO_MODEL
+
+
+def open_model(name: str | None, how: ModelFlags) -> tuple[Path, RWKV, Tokenizer]:
+    """Load a model to write with. TokenizerError when no tokenizer is known for it."""
+    path = find_model(name)
+    use_threads(how.threads)
+    device = use_device(how.device)
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"loading {path}"):  # moves on a terminal, elsewhere says nothing
+        from ..loading import load
+
+        model, tokenizer = load(path, device=device, dtype=torch_dtype(how.dtype), tokenizer=how.tokenizer)
+    if tokenizer is None:
+        raise TokenizerError(
+            f"no tokenizer is known for {path}, whose vocabulary has {model.config.vocab_size} entries",
+            "the World, Pile or byte vocabulary, or a tokenizer.json beside the model",
+            "--tokenizer with world, bytes, or the path of a tokenizer.json",
+        )
+    return path, model, tokenizer

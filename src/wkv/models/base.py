@@ -1,0 +1,222 @@
+"""The machinery that all generations share, once: embed, loop over blocks, read out.
+
+    x = ln0(emb[token])
+    for each block:  x = x + att(ln1(x));  x = x + ffn(ln2(x))
+    logits = head(ln_out(x))
+
+The equations live in `rwkv4.py` ... `rwkv7.py`. Parameter names are those of the official checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..errors import InputError, StateError
+from ..state import LayerState, State
+from . import layers, recipe
+from .layers import Embedding, Linear
+from .recipe import orthogonal, uniform
+
+Output = Literal["logits", "last", "hidden"]
+
+
+class Block(nn.Module):
+    """Time mix and channel mix, each behind a norm and added to the residual stream."""
+
+    att: Any  # TimeMix and ChannelMix of the generation: each has its own forward
+    ffn: Any
+
+    def __init__(self, config: Config, layer: int, att: nn.Module, ffn: nn.Module) -> None:
+        super().__init__()
+        if layer == 0:
+            self.ln0 = layers.norm(config)
+        self.ln1 = layers.norm(config)
+        self.ln2 = layers.norm(config)
+        self.att = att
+        self.ffn = ffn
+
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, state: LayerState, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, LayerState]:
+        mixed, v_first, att_shift, memory = self.time_mix(self.ln1(x), v_first, state, lengths)
+        x = x + mixed
+        mixed, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, lengths)
+        return x + mixed, v_first, LayerState(att_shift, memory, ffn_shift)
+
+    def time_mix(
+        self, x: Tensor, v_first: Tensor | None, state: LayerState, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What to add to the residual, RWKV-7's v_first (None before it), the newest input, the memory."""
+        out, last, memory = self.att(x, state.att_shift, state.memory, lengths)
+        return out, None, last, memory
+
+
+class RWKV(nn.Module):
+    """A language model of one generation: `RWKV4`, `RWKV5`, `RWKV6` or `RWKV7`.
+
+    One call for every use, `logits, state = model(tokens, state)`: T = 1 is the recurrent step, T > 1 the
+    parallel form of the same function. A new model's weights follow the official initialisation
+    (`wkv.build`); on the meta device they take no memory until a checkpoint gives them theirs.
+    """
+
+    block: ClassVar[type[Block]] = Block
+    parts: ClassVar[tuple[type[Any], type[Any]]]  # (TimeMix, ChannelMix)
+    embedding_bound: ClassVar[float] = 1e-4
+
+    def __init__(self, config: Config, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        V, D = config.vocab_size, config.n_embd
+        time_mix, channel_mix = self.parts
+        self.emb = Embedding(V, D, init=uniform(self.embedding_bound))
+        self.blocks = nn.ModuleList(
+            self.block(config, i, time_mix(config, i), channel_mix(config, i)) for i in range(config.n_layer)
+        )
+        self.ln_out = layers.norm(config)
+        self.head = Linear(D, V, init=orthogonal(0.5, tall=True))
+        if self.device.type != "meta":
+            self.initialize(seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.emb.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.emb.weight.dtype
+
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        """float32 whatever the weights are, unless they are float64."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def initialize(self, seed: int = 0) -> None:
+        """Fill all weights from their recipes, in place; the same seed gives the same weights."""
+        recipe.initialize(self, seed)
+
+    def initial_state(self, batch_size: int = 1) -> State:
+        """The state before the first token: zeros, or a tuned `time_state` where the model has one."""
+        shift = torch.zeros(batch_size, self.config.n_embd, dtype=self.dtype, device=self.device)
+        like = torch.empty((), dtype=self.memory_dtype, device=self.device)
+        memories = (block.att.initial_memory(batch_size, like) for block in self._blocks())
+        return State(tuple(LayerState(shift, memory, shift) for memory in memories))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        output: Output = "logits",
+    ) -> tuple[Tensor, State]:
+        """Read tokens; return what follows them and the state that remembers them.
+
+        tokens   (B, T) int64, T >= 1
+        state    what a call before returned, or None for a fresh start; it is not changed
+        lengths  (B,) int64 in 1..T: row b's tokens beyond lengths[b] are padding. Its logits before that
+                 and its state are those of the row alone
+        output   "logits"  (B, T, V) for every position
+                 "last"    (B, 1, V) for each row's last token only: a prompt need not pay for the head
+                 "hidden"  (B, T, D) the vectors before the head
+        returns  the output, in the weights' dtype, and the new State
+
+        Gradients reach the parameters, and the initial and the final state. InputError for tokens or
+        lengths out of range, StateError for a state of another model, batch size, dtype or device.
+        """
+        self._check_tokens(tokens, lengths)
+        B, T = tokens.shape
+        if state is None:
+            state = self.initial_state(B)
+        else:
+            self.check_state(state, B)
+
+        x, v_first = self.emb(tokens), None
+        new_layers = []
+        for i, (block, layer) in enumerate(zip(self._blocks(), state.layers, strict=True)):
+            if i == 0:
+                x = block.ln0(x)
+            x, v_first, layer = block(x, v_first, layer, lengths)
+            new_layers.append(layer)
+
+        if output == "last" and T > 1:
+            last = torch.full((B,), T, device=x.device) if lengths is None else lengths
+            x = x[torch.arange(B, device=x.device), last - 1][:, None]
+        x = self.ln_out(x)
+        return (x if output == "hidden" else self.head(x)), State(tuple(new_layers))
+
+    def check_state(self, state: State, batch_size: int) -> None:
+        """StateError unless `state` is one of this model's, for this batch size, dtype and device."""
+        if not isinstance(state, State):
+            raise StateError(f"the state is a {type(state).__name__}", "a State that the model returned")
+        if len(state.layers) != self.config.n_layer:
+            raise StateError(
+                f"the state has {len(state.layers)} layers", f"{self.config.n_layer}, as the model has",
+                "a state made by this model",
+            )  # fmt: skip
+        if state.batch_size != batch_size:
+            raise StateError(
+                f"the state has {state.batch_size} rows, the tokens {batch_size}", "as many", "state[i] or State.stack"
+            )
+        shift = (batch_size, self.config.n_embd), self.dtype
+        memory = (batch_size, *self._blocks()[0].att.memory_shape), self.memory_dtype
+        for layer in state.layers:
+            for name, (shape, dtype) in zip(LayerState._fields, (shift, memory, shift), strict=True):
+                tensor: Tensor = getattr(layer, name)
+                if tensor.shape != shape or tensor.dtype != dtype or tensor.device != self.device:
+                    raise StateError(
+                        f"the state's {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}",
+                        f"{dtype} {shape} on {self.device}",
+                        "a state that this model made, in this dtype",
+                    )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and every weight, hex: equal only for the same weights in the same dtype.
+
+        Takes about a second per gigabyte, once: it is remembered until a weight changes.
+        """
+        tensors = self.state_dict()
+        version = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors.values())
+        cached = self.__dict__.get("_fingerprint")
+        if cached is None or cached[0] != version:
+            digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+            for name, tensor in tensors.items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            cached = self.__dict__["_fingerprint"] = (version, digest.hexdigest())
+        return cast(str, cached[1])
+
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    def _check_tokens(self, tokens: Tensor, lengths: Tensor | None) -> None:
+        if tokens.dtype != torch.int64 or tokens.ndim != 2:
+            raise InputError(
+                f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}",
+                "int64 of shape (B, T)",
+                "torch.tensor([ids])",
+            )
+        B, T = tokens.shape
+        if not B or not T:
+            raise InputError(f"tokens has shape {(B, T)}", "at least one row and one token")
+        if torch.compiler.is_compiling():
+            return
+        lowest, highest = (int(x) for x in torch.aminmax(tokens))
+        if lowest < 0 or highest >= self.config.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise InputError(
+                f"token id {wrong}", f"0 to {self.config.vocab_size - 1}, the model's vocabulary",
+                "the tokenizer that belongs to this model",
+            )  # fmt: skip
+        if lengths is None:
+            return
+        if lengths.dtype != torch.int64 or lengths.shape != (B,):
+            raise InputError(f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}", f"int64 of shape ({B},)")
+        if int(lengths.min()) < 1 or int(lengths.max()) > T:
+            raise InputError(f"lengths {lengths.tolist()}", f"each from 1 to T = {T}")
+

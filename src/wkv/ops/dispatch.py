@@ -1,0 +1,101 @@
+"""One operator, many backends: a table of rows, each of which may refuse a call and says why.
+
+An operator's rows stand in order of preference; the first that does not refuse runs. A row looks at
+shapes, dtypes and devices, never at values, so that the choice is the same for the same call. A backend
+that the caller names and that refuses is an error with the reason, never a silent fallback.
+
+    wkv.ops.explain("wkv7", T=512, device="cpu")      every row, and why it would refuse
+    with wkv.ops.use_backend("reference"): ...        for everything inside this block
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import BackendError
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend may look at when it decides."""
+
+    T: int  # tokens
+    head_size: int  # 1 for wkv4, which has no heads
+    dtype: torch.dtype  # of the computation: float32 or float64
+    device: torch.device
+    needs_grad: bool
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of an operator's table."""
+
+    name: str
+    run: Callable[..., Any]
+    refuses: Callable[[Call], str | None]  # the reason, or None when it will run
+
+
+_named: ContextVar[str | None] = ContextVar("wkv_backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the `with` block on the backend `name` (this thread or task only)."""
+    token = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A name and its backends, best first; the last row is the reference and never refuses."""
+
+    name: str
+    backends: tuple[Backend, ...]
+
+    def choose(self, call: Call, backend: str | None = None) -> Backend:
+        """The row that runs this call. BackendError when a named row is unknown or refuses."""
+        name = backend or _named.get()
+        if name is None:
+            return next(row for row in self.backends if row.refuses(call) is None)
+        for row in self.backends:
+            if row.name == name:
+                if reason := row.refuses(call):
+                    raise BackendError(
+                        f"{self.name}: backend {name!r} refuses this call: {reason}",
+                        advice="no backend argument, which takes the first row that accepts",
+                    )
+                return row
+        raise BackendError(
+            f"{self.name} has no backend {name!r}", f"one of {', '.join(row.name for row in self.backends)}"
+        )
+
+    def explain(self, call: Call) -> str:
+        """A line per row: runs, would run, or the reason it refuses."""
+        chosen = self.choose(call)
+        lines = [f"{self.name}, {call}:"]
+        for row in self.backends:
+            reason = row.refuses(call)
+            verdict = "runs" if row is chosen else f"refuses: {reason}" if reason else "would run"
+            lines.append(f"  {row.name:<10} {verdict}")
+        return "\n".join(lines)
+
+
+def never(call: Call) -> str | None:
+    """The reference's answer: it refuses nothing."""
+    return None
+
+
+def short_sequence(call: Call) -> str | None:
+    """The chunked forms' answer: under this length their set-up costs more than it saves."""
+    if call.T < 4:
+        return f"T = {call.T}: the recurrence itself is faster below 4 tokens"
+    return None

@@ -1,0 +1,30 @@
+"""The token shift: every position sees its predecessor (all generations).
+
+    shifted_t = x_{t-1},   x_{-1} = the newest input of the call before (zeros at the start)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .common import check_lengths, check_shapes
+
+
+def token_shift(x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return each token's predecessor and the input to carry into the next call.
+
+    x        (B, T, D)
+    last     (B, D), the newest input of the call before, dtype of x
+    lengths  (B,) int64, valid tokens per row, or None for all T
+    returns  shifted (B, T, D) and the new `last` (B, D): row b's x at lengths[b] - 1
+    """
+    B, T, D = x.shape
+    check_lengths("token_shift", lengths, B, T)
+    check_shapes("token_shift", {"state": (last, (B, D))})
+    shifted = last[:, None] if T == 1 else torch.cat((last[:, None], x[:, :-1]), dim=1)
+    if lengths is None:
+        return shifted, x[:, -1]
+    # A row of length 0 keeps what it had.
+    with_last = torch.cat((last[:, None], x), dim=1)
+    return shifted, with_last[torch.arange(B, device=x.device), lengths]
