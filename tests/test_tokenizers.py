@@ -307,12 +307,13 @@ def test_an_id_out_of_range_leaves_the_stream_as_it_was() -> None:
 # tokenizer.json
 
 
-@modestly
-@given(data=st.data())
-def test_20b_decodes_as_its_own_library(pile: Tokenizer, data: st.DataObject) -> None:
+def test_20b_decodes_as_its_own_library(pile: Tokenizer) -> None:
     library = hf.Tokenizer.from_file(str(PILE_FILE))
-    ids = data.draw(st.lists(st.integers(1, pile.vocab_size - 1)))
-    assert "".join(streamed(pile, ids)) == pile.decode(ids) == library.decode(ids, skip_special_tokens=False)
+    random_ids = random.Random(0)
+    for length in range(200):
+        ids = [random_ids.randrange(1, pile.vocab_size) for _ in range(length)]
+        assert pile.decode(ids) == library.decode(ids, skip_special_tokens=False)
+        assert "".join(streamed(pile, ids)) == pile.decode(ids)
 
 
 def test_20b_has_the_sizes_of_the_pile_models(pile: Tokenizer) -> None:

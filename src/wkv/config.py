@@ -177,7 +177,9 @@ class RWKV7Config(HeadsConfig):
     }  # fmt: skip
 
 
-CONFIGS: dict[int, type[Config]] = {c.generation: c for c in (RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config)}
+CONFIGS: dict[int, type[Config]] = {
+    c.generation: c for c in (RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config)
+}
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> Config:

@@ -15,7 +15,7 @@ from .naming import shown
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Row-major bytes of a tensor; no copy when it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def sha256(tensor: Tensor) -> str:

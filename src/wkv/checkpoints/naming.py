@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..errors import CheckpointError, Error
@@ -14,16 +14,15 @@ def shown(name: str) -> str:
     return repr(name) if len(name) <= 80 else repr(name[:77] + "...")
 
 
-def several(names: Iterable[str], limit: int = 3) -> str:
-    """The first few names and how many there are besides: "'a', 'b', 'c' and 4 more"."""
-    names = list(names)
-    first = ", ".join(shown(name) for name in names[:limit])
-    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
+def several(items: Sequence[str], limit: int = 3) -> str:
+    """The first few and how many there are besides: "a, b, c and 4 more"."""
+    first = ", ".join(items[:limit])
+    return first if len(items) <= limit else f"{first} and {len(items) - limit} more"
 
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Puts the file's name before the message of every error raised inside; OSError becomes CheckpointError."""
+    """Puts the file's name before every error raised inside; an OSError becomes a CheckpointError."""
     try:
         yield
     except Error as error:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ..config import Config, RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
 from ..errors import CheckpointError
@@ -52,6 +53,23 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
     refuse_foreign(names)
     generation = generation_of(names)
     return _INFER[generation](_Shapes({official: shapes[stored] for official, stored in names.items()}))
+
+
+# What official names and shapes do not tell; official code always uses the defaults.
+UNTOLD = ("norm", "ffn_activation", "group_norm_eps")
+
+
+def differences(config: Config, inferred: Config) -> dict[str, tuple[Any, Any]]:
+    """Field -> (its value, the value that names and shapes tell), where two configs of one generation differ.
+
+    The value rank of a model of one layer is left out: no tensor has it.
+    """
+    told = inferred.to_dict()
+    return {
+        field: (value, told[field])
+        for field, value in config.to_dict().items()
+        if value != told[field] and not (field == "value_rank" and config.n_layer == inferred.n_layer == 1)
+    }
 
 
 def generation_of(names: Iterable[str]) -> int:
@@ -103,15 +121,13 @@ class _Shapes:
         while len(shape) > axes and shape[0] == 1:
             shape = shape[1:]
         if len(shape) != axes:
-            raise CheckpointError(
-                f"tensor {name!r} has the shape {list(self.shapes[name])}", f"{axes} axes"
-            )
+            raise CheckpointError(f"tensor {name!r} has the shape {list(self.shapes[name])}", f"{axes} axes")
         return shape
 
     def anywhere(self, suffix: str) -> bool:
         return any(name.endswith(suffix) for name in self.shapes)
 
-    def common(self) -> dict[str, int]:
+    def common(self) -> dict[str, Any]:
         vocab_size, n_embd = self.of("emb.weight", 2)
         return {
             "vocab_size": vocab_size,
@@ -130,7 +146,9 @@ def _infer_5(shapes: _Shapes) -> Config:
     common = shapes.common()
     log_bonus, plain_bonus = shapes.anywhere(".att.time_first"), shapes.anywhere(".att.time_faaaa")
     if log_bonus and plain_bonus:
-        raise CheckpointError("both 'att.time_first' and 'att.time_faaaa' are there", "one name for the bonus")
+        raise CheckpointError(
+            "both 'att.time_first' and 'att.time_faaaa' are there", "one name for the bonus"
+        )
     decay = shapes.shapes.get("blocks.0.att.time_decay", ())
     while len(decay) > 1 and decay[-1] == 1:
         decay = decay[:-1]
@@ -177,7 +195,9 @@ def _infer_7(shapes: _Shapes) -> Config:
     common = shapes.common()
     # Layer 0 has no use for v0, v1, v2: files carry them or not, at a rank of their own or not.
     first = shapes.of("blocks.0.att.v1", 2)[1] if "blocks.0.att.v1" in shapes else 0
-    value_rank = {"value_rank": shapes.of("blocks.1.att.v1", 2)[1]} if common["n_layer"] > 1 else {}
+    value_rank: dict[str, Any] = (
+        {"value_rank": shapes.of("blocks.1.att.v1", 2)[1]} if common["n_layer"] > 1 else {}
+    )
     return RWKV7Config(
         **common,
         **value_rank,
@@ -225,7 +245,11 @@ _FOREIGN = [
     (r"blocks\.\d+\.qkv\..*", "RWKV-7b (DeepEmbed attention) or the RWKV-8 hybrid", _PLAIN_MODEL),
     (r"blocks\.\d+\.ffn\.enn\..*", "the RWKV-8 preview", _PLAIN_MODEL),
     (r"blocks\.\d+\.ffn\.s(_emb.*|[012])", "RWKV-7a (DeepEmbed)", _PLAIN_MODEL),
-    (r"blocks\.\d+\.att\.time_mix_([xw]|w[12])", "the layout of web-rwkv (renamed and transposed)", _ORIGINAL),
+    (
+        r"blocks\.\d+\.att\.time_mix_([xw]|w[12])",
+        "the layout of web-rwkv (renamed and transposed)",
+        _ORIGINAL,
+    ),
 ]
 
 
@@ -236,7 +260,9 @@ def refuse_foreign(names: Iterable[str]) -> None:
         compiled = re.compile(pattern, re.DOTALL)
         for name in names:
             if compiled.fullmatch(name):
-                raise CheckpointError(f"{shown(name)} is a mark of {meaning}", "a plain RWKV-4, 5, 6 or 7", advice)
+                raise CheckpointError(
+                    f"{shown(name)} is a mark of {meaning}", "a plain RWKV-4, 5, 6 or 7", advice
+                )
     if names and all(name.endswith(".att.time_state") for name in names):
         raise CheckpointError(
             "it holds only 'att.time_state' tensors: a tuned initial state without its model",

@@ -11,14 +11,20 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from ..errors import Error
-from .common import DEMO_MODEL, note
+from .common import DEMO_MODEL, UsageError, note
 
-COMMANDS = ("demo", "info", "generate", "chat", "bench", "convert")
+COMMANDS = {
+    "demo": "[OPTIONS]",
+    "info": "FILE [OPTIONS]",
+    "generate": "[MODEL] PROMPT [OPTIONS]",
+    "chat": "[MODEL] [OPTIONS]",
+    "bench": "[MODEL] [OPTIONS]",
+    "convert": "SOURCE TARGET [OPTIONS]",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         command = f"wkv {tokens[0]}" if tokens and tokens[0] in COMMANDS else "wkv"
         note(f"wkv: {_one_line(error, command)}", style="red")
-        return 2 if isinstance(error, CycloptsError) else 1
+        return 2 if isinstance(error, CycloptsError | UsageError) else 1
 
 
 def _app() -> App:
@@ -56,18 +62,24 @@ def _app() -> App:
         help="RWKV language models, generations 4 to 7: load, generate, chat, train, prove.",
         help_epilogue="Every command takes --help, and --debug to show tracebacks.",
         version=_version,
-        default_parameter=Parameter(negative=()),
+        help_format="plaintext",
+        default_parameter=Parameter(negative=(), show_default=_shown_default),
         suppress_keyboard_interrupt=False,
     )
-    for name in COMMANDS:
-        app.command(f"wkv.cli.{name}:{name}", name=name)
+    for name, usage in COMMANDS.items():
+        app.command(f"wkv.cli.{name}:{name}", name=name, usage=f"wkv {name} {usage}")
     return app
 
 
-def _version() -> str:
-    import wkv
+def _shown_default(value: object) -> str | None:
+    """For the help page: that a flag is off by default says nothing."""
+    return None if value is None or value is False or value in ((), "") else str(value)
 
-    return wkv.__version__
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("wkv")
 
 
 def _menu() -> int:

@@ -1,2 +1,173 @@
-def bench() -> None:
-    """Do bench."""
+"""`wkv bench`: how fast a model reads and writes here, beside what the memory of this machine allows.
+
+Writing one token reads every weight once (of the embedding table one row only) and reads and writes the
+state. So bytes / bandwidth is the least time per token that any program could take at this precision,
+unless the processor's caches hold the model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ..config import CONFIGS
+from .common import (
+    MODEL_DEFAULTS,
+    ModelFlags,
+    find_model,
+    human_bytes,
+    load_model,
+    note,
+    use_device,
+    use_threads,
+)
+from .common import torch_dtype as as_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..models import RWKV
+
+PROMPT_TOKENS = 512
+LARGEST_BUFFER = 2**30  # bytes: far beyond any cache
+
+
+def bench(
+    model: str | None = None,
+    /,
+    *,
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
+    how: ModelFlags = MODEL_DEFAULTS,
+) -> None:
+    """Measure speed, beside what this machine's memory allows.
+
+    Prefill reads a prompt of 512 tokens at once; decode writes token after token. Both are medians.
+
+    Examples:
+
+        wkv bench model.pth --threads 2
+        wkv bench model.pth --dtype bf16 --json
+        wkv bench rwkv7-0.1b
+        wkv bench rwkv4-169m --threads 1
+
+    Parameters
+    ----------
+    model
+        a checkpoint, or the name of a published size, which is then built with random weights
+    as_json
+        print one JSON object instead
+    """
+    use_threads(how.threads)
+    name, network = _load_or_build(model, how)
+    note("measuring, about 20 seconds")
+    figures = measure(network)
+    if as_json:
+        print(json.dumps({"model": name, **figures}))
+        return
+    share = figures["ratio"]
+    print(
+        f"{name}: {figures['parameters']:,} parameters, {figures['dtype']}, "
+        f"{figures['threads']} threads on {figures['device']}\n"
+        f"prefill    {figures['prefill_tokens_per_second']:.1f} tokens/s ({PROMPT_TOKENS} tokens)\n"
+        f"decode     {figures['decode_tokens_per_second']:.1f} tokens/s\n"
+        f"moved      {human_bytes(figures['bytes_per_token'])} per token\n"
+        f"memory     {human_bytes(figures['bandwidth_bytes_per_second'])}/s, measured now\n"
+        f"ratio      {share:.2f} of the decode speed that this memory allows"
+    )
+
+
+def _load_or_build(name: str | None, how: ModelFlags) -> tuple[str, RWKV]:
+    """A file where there is one; else a published size, such as rwkv7-0.1b, with random weights."""
+    known = re.fullmatch(r"rwkv([4-7])-([\d.]+[mb])", name or "", re.IGNORECASE)
+    if name is None or known is None or Path(name).exists():
+        path = find_model(name)
+        return str(path), load_model(path, how)[0]
+    config = CONFIGS[int(known[1])].named(known[2])
+    import torch
+
+    from ..models import build
+
+    dtype = as_dtype(how.dtype) or torch.float32
+    return f"{name} with random weights", build(config, device=use_device(how.device), dtype=dtype)
+
+
+def measure(model: RWKV) -> dict[str, Any]:
+    """The figures of a model on the device and with the threads that it runs on now."""
+    import torch
+
+    tokens = torch.randint(
+        model.config.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)
+    )
+    tokens = tokens.to(model.device)
+    with torch.no_grad():
+        _, state = model(tokens, output="last")
+        prefill = _median_seconds(lambda: model(tokens, output="last"), model.device)
+        decode = _median_seconds(lambda: model(tokens[:, :1], state), model.device)
+    weights = sum(weight.nbytes for name, weight in model.named_parameters() if name != "emb.weight")
+    moved = weights + 2 * state.nbytes
+    bandwidth = read_bandwidth(model.device)
+    return {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "prefill_tokens": PROMPT_TOKENS,
+        "prefill_tokens_per_second": PROMPT_TOKENS / prefill,
+        "decode_tokens_per_second": 1 / decode,
+        "state_bytes": state.nbytes,
+        "bytes_per_token": moved,
+        "bandwidth_bytes_per_second": bandwidth,
+        "ratio": moved / bandwidth / decode,
+    }
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second of reading memory: the best of several matrix-vector products over up to 1 GiB.
+
+    That product is what decoding consists of, and the fastest read that torch has. With little memory
+    free, a quarter of it.
+    """
+    import torch
+
+    rows = max(1, min(LARGEST_BUFFER, _free_memory(device) // 4) // (4 * 4096))
+    matrix = torch.ones(rows, 4096, device=device)
+    vector = torch.ones(4096, device=device)
+    return matrix.nbytes / min(_seconds(lambda: matrix.mv(vector), device) for _ in range(8))
+
+
+def _free_memory(device: torch.device) -> int:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 4 * LARGEST_BUFFER  # not Linux: assume that a buffer of full size fits
+
+
+def _median_seconds(run: Callable[[], Any], device: torch.device, budget: float = 4.0) -> float:
+    """The median of as many runs as fit into budget seconds, at least 3, after one to warm up."""
+    run()
+    times = [_seconds(run, device) for _ in range(3)]
+    while sum(times) < budget:
+        times.append(_seconds(run, device))
+    return median(times)
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    import torch
+
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # launches return before the work is done
+    return time.perf_counter() - start

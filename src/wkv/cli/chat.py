@@ -1,4 +1,4 @@
-"""`wkv chat`: talk to a model. A conversation is a list of sessions, since going back is keeping an old one."""
+"""`wkv chat`: talk to a model. A conversation is a list of sessions: going back is keeping an old one."""
 
 from __future__ import annotations
 
@@ -231,21 +231,19 @@ def chat(
 
     Examples:
 
-    ```
-    wkv chat model.pth
-    wkv chat rwkv7-g1.pth --think --temperature 0.8
-    wkv chat model.pth --system "You answer in one sentence."
-    wkv chat model.pth --format world < questions.txt > answers.txt
-    ```
+        wkv chat model.pth
+        wkv chat rwkv7-g1.pth --think --temperature 0.8
+        wkv chat model.pth --system "You answer in one sentence."
+        wkv chat model.pth --format world < questions.txt > answers.txt
 
     Parameters
     ----------
     model
-        a checkpoint, .pth or .safetensors; without it, the one that `wkv demo` made
+        a checkpoint, .pth or .safetensors; without it, the one that wkv demo made
     form
         how turns are written: world for RWKV-4 to 6, g1 for RWKV-7; without it, by the model
     think
-        let a G1 model think before it answers; `/set think low` and others choose how much
+        let a G1 model think before it answers; /set think low and others choose how much
     system
         rules for the model, before the first turn (g1)
     max_tokens
@@ -269,10 +267,8 @@ def chat(
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # absent on Windows; where present, arrow keys recall lines
             import readline  # noqa: F401
-        memory = human_bytes(session.state.nbytes)
-        note(
-            f"{path}: {conversation.form.name} format, {memory} of memory per conversation; /help lists commands"
-        )
+        state = human_bytes(session.state.nbytes)
+        note(f"{path}: {conversation.form.name} format, a state of {state}; /help says what you can type")
     conversation.run()
 
 

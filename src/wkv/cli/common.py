@@ -38,11 +38,11 @@ class ModelFlags:
     Parameters
     ----------
     dtype
-        compute in fp32, bf16, fp16 or fp64; without it, the file's own
+        fp32, bf16, fp16 or fp64; without it, the file's own
     device
         cpu, cuda, cuda:1, ...
     tokenizer
-        world, bytes, or the path of a tokenizer.json; without it, found beside the model or by its vocabulary
+        world, bytes or a tokenizer.json; without it, as the model suggests
     threads
         CPU threads; without it, one per core
     """
@@ -61,23 +61,23 @@ class SamplingFlags:
     Parameters
     ----------
     temperature
-        0: always the best token; below 1 bolder, above 1 wilder
+        0: always the best token; higher is wilder
     top_p
-        keep the most probable tokens that together reach this probability; 1: all
+        keep the likeliest, up to this probability
     top_k
-        keep this many of the most probable tokens; 0: all
+        keep this many of the likeliest; 0: all
     min_p
-        keep tokens with at least this share of the best one's probability; 0: all
+        keep those with this share of the best's
     presence_penalty
-        lowers every token that was written before
+        lowers tokens written before
     frequency_penalty
-        the same, for each time that it was written
+        the same, for each time written
     penalty_decay
-        how fast that is forgotten: the factor per token
+        how it fades, per token
     repetition_penalty
-        divides the score of tokens that were written before; 1: off
+        divides scores of tokens written before
     seed
-        the same seed gives the same text; without it, different every time
+        the same seed gives the same text
     """
 
     temperature: float = 1.0
@@ -110,14 +110,12 @@ def write_out(text: str) -> None:
 
 
 def human_bytes(n: float) -> str:
-    """`1.4 MB`, with decimal units as on the shelves of disks and memory bandwidths."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n < 1000:
-            break
+    """`1.4 MB`: decimal units, three digits."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while n >= 999.5 and len(units) > 1:
         n /= 1000
-    else:
-        unit = "TB"
-    return f"{n:.3g} {unit}"
+        del units[0]
+    return f"{n:.3g} {units[0]}"
 
 
 def torch_dtype(name: Dtype | None) -> torch.dtype | None:
@@ -176,23 +174,28 @@ def find_model(name: str | None) -> Path:
         raise UsageError(
             f"no model was named, and {DEMO_MODEL} does not exist",
             "a checkpoint, .pth or .safetensors",
-            "wkv demo, which makes that one in 3 minutes",
+            "naming one, or wkv demo, which makes that one in 3 minutes",
         )
     note(f"using {DEMO_MODEL}")
     return DEMO_MODEL
 
 
+def load_model(path: Path, how: ModelFlags) -> tuple[RWKV, Tokenizer | None]:
+    """Load a checkpoint as the flags say; something moves on the terminal meanwhile."""
+    use_threads(how.threads)
+    device, dtype = use_device(how.device), torch_dtype(how.dtype)
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"loading {path}"):
+        from ..loading import load
+
+        return load(path, device=device, dtype=dtype, tokenizer=how.tokenizer)
+
+
 def open_model(name: str | None, how: ModelFlags) -> tuple[Path, RWKV, Tokenizer]:
     """Load a model to write with. TokenizerError when no tokenizer is known for it."""
     path = find_model(name)
-    use_threads(how.threads)
-    device = use_device(how.device)
-    from rich.console import Console
-
-    with Console(stderr=True).status(f"loading {path}"):  # moves on a terminal, elsewhere says nothing
-        from ..loading import load
-
-        model, tokenizer = load(path, device=device, dtype=torch_dtype(how.dtype), tokenizer=how.tokenizer)
+    model, tokenizer = load_model(path, how)
     if tokenizer is None:
         raise TokenizerError(
             f"no tokenizer is known for {path}, whose vocabulary has {model.config.vocab_size} entries",

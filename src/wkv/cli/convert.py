@@ -1,9 +1,60 @@
-"""`wkv convert`: from one file format or dtype to another."""
+"""`wkv convert`: the same model in another file format or dtype."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from .common import MODEL_SUFFIXES, Dtype, UsageError, find_file, human_bytes, note, torch_dtype
 
 
-def convert(source: str, target: str, /) -> None:
-    """Convert a checkpoint between .pth and .safetensors, or to another dtype."""
+def convert(
+    source: str,
+    target: str,
+    /,
+    *,
+    dtype: Annotated[Dtype | None, Parameter(show_choices=False)] = None,
+) -> None:
+    """Convert a checkpoint between .pth and .safetensors, or to another dtype.
 
+    Without --dtype every number stays exactly as it is. SOURCE is only read. TARGET is replaced when the
+    new file is complete, and not before.
 
-def info():
-    "Say what a file holds."
+    Examples:
+
+        wkv convert model.pth model.safetensors
+        wkv convert model.safetensors model.pth
+        wkv convert model.pth small.safetensors --dtype bf16
+
+    Parameters
+    ----------
+    source
+        a checkpoint, .pth or .safetensors, official or from wkv
+    target
+        the file to write; its suffix chooses the format
+    dtype
+        fp32, bf16, fp16 or fp64; without it, the file's own
+    """
+    path = find_file(source, "a checkpoint, .pth or .safetensors")
+    if not target.endswith(MODEL_SUFFIXES):
+        raise UsageError(f"{target} has no known suffix", ".pth or .safetensors", f"{target}.safetensors")
+    import torch
+
+    from ..checkpoints import open_checkpoint
+    from ..loading import load, save
+
+    with open_checkpoint(path) as checkpoint:
+        stored = set(checkpoint.dtypes.values())
+        form = checkpoint.format
+    # A mixed file becomes its widest dtype throughout: that one holds the numbers of all the others.
+    exact = functools.reduce(torch.promote_types, stored)
+    wanted = torch_dtype(dtype) or exact
+    note(f"reading {path}: .{form}, {', '.join(sorted(str(kind)[6:] for kind in stored))}")
+    model, _ = load(path, dtype=wanted)
+    save(model, target)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    size = human_bytes(Path(target).stat().st_size)
+    print(f"{target}: RWKV-{model.config.generation}, {parameters:,} parameters in {str(wanted)[6:]}, {size}")

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -43,22 +43,20 @@ def generate(
 ) -> int:
     """Write on from a prompt.
 
-    The text goes to stdout as it is made, the speed to stderr. Ctrl-C stops; what was written stays.
+    The text goes to stdout as it is made, the speed to stderr. Ctrl-C stops it.
 
     Examples:
 
-    ```
-    wkv generate "def "
-    wkv generate model.pth "Once upon a time" --max-tokens 100 --temperature 0.8
-    wkv generate model.pth "Q: 2 + 2?  A:" --temperature 0 --stop "Q:" --json
-    cat notes.txt | wkv generate model.pth -
-    wkv generate model.pth -- "-- a prompt that begins with a hyphen"
-    ```
+        wkv generate "def "
+        wkv generate model.pth "Once upon a time" --max-tokens 100
+        wkv generate model.pth "Q: 2 + 2?  A:" --stop "Q:" --temperature 0 --json
+        cat notes.txt | wkv generate model.pth -
+        wkv generate model.pth -- "-- begins with a hyphen"
 
     Parameters
     ----------
     model
-        a checkpoint, .pth or .safetensors; without it, the one that `wkv demo` made
+        a .pth or .safetensors; without it, what wkv demo made
     prompt
         the text to continue; a single argument is the prompt
     stdin
@@ -68,9 +66,9 @@ def generate(
     stop
         stop before this text; may be given several times
     as_json
-        print one JSON object instead: text, tokens, finish, timings
+        print one JSON object: text, tokens, finish, timings
     logprobs
-        with --json: each token's log probability, beside those of this many best tokens
+        with --json: log probabilities, and this many rivals
     """
     model, prompt = _model_and_prompt(model, prompt, stdin)
     if logprobs is not None and not as_json:
@@ -104,8 +102,13 @@ def generate(
         "generated_tokens_per_second": len(steps) / (end - fed),
     }
     if as_json:
-        result = {"model": str(path), "text": text, "tokens": [step.token for step in steps]}
-        result |= {"finish": finish, "timings": timings}
+        result = {
+            "model": str(path),
+            "text": text,
+            "tokens": [step.token for step in steps],
+            "finish": finish,
+            "timings": timings,
+        }
         if logprobs is not None:
             result["logprobs"] = [{"logprob": step.logprob, "top": step.top} for step in steps]
         write_out(json.dumps(result) + "\n")
@@ -119,7 +122,7 @@ def generate(
 
 
 def _model_and_prompt(model: str | None, prompt: str | None, stdin: bool) -> tuple[str | None, str]:
-    """One text is the prompt; two are a model and a prompt; with `-`, one is the model."""
+    """One text is the prompt; two are a model and a prompt; with -, one is the model."""
     if stdin:
         if prompt is not None:
             raise UsageError(f"both a prompt, {prompt!r}, and - for stdin", "one of them")

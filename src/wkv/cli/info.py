@@ -1,2 +1,133 @@
-def info() -> None:
-    """Do info."""
+"""`wkv info`: what a file holds, from its header alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from ..errors import CheckpointError
+from .common import find_file, human_bytes
+
+
+def info(file: str, /, *, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:
+    """Say what a checkpoint or state file holds.
+
+    Reads names and shapes, not the weights, and runs nothing: any .pth, .safetensors or state file.
+
+    Examples:
+
+        wkv info model.pth
+        wkv info RWKV-x070-World-0.1B.pth --json
+        wkv info chat.state
+
+    Parameters
+    ----------
+    file
+        a checkpoint, or a state that wkv chat or Session.save wrote
+    as_json
+        print one JSON object instead
+    """
+    path = find_file(file, "a checkpoint (.pth, .safetensors) or a state file")
+    facts = state_facts(path) or model_facts(path)
+    if as_json:
+        print(json.dumps(facts))
+    elif facts["kind"] == "state":
+        _print_state(facts)
+    else:
+        _print_model(facts)
+
+
+def state_facts(path: Path) -> dict[str, Any] | None:
+    """What a state file says of itself; None when the file is something else."""
+    from ..checkpoints.safetensors import read_header
+
+    header = None
+    with contextlib.suppress(CheckpointError):
+        header = read_header(path)
+    if header is None or header.metadata.get("format") != "wkv-state":
+        return None
+    return {
+        "kind": "state",
+        "file": str(path),
+        "tokens_read": int(header.metadata["n_tokens"]),
+        "tokenizer": header.metadata["tokenizer"] or None,
+        "model_fingerprint": header.metadata["model"],
+        "layers": len({name.split(".")[1] for name in header.tensors if name.startswith("blocks.")}),
+        "bytes": path.stat().st_size,
+    }
+
+
+def model_facts(path: Path) -> dict[str, Any]:
+    """What the names and shapes of a checkpoint say. CheckpointError when it is none."""
+    from .. import tokenizers
+    from ..checkpoints import open_checkpoint
+    from ..models import build
+
+    with open_checkpoint(path) as checkpoint:
+        config, dtypes = checkpoint.config, Counter(checkpoint.dtypes.values())
+        form = checkpoint.format
+    shell = build(config, device="meta", dtype=dtypes.most_common(1)[0][0])  # no memory, no weights
+    parameters = sum(weight.numel() for weight in shell.parameters())
+    state_bytes = shell.initial_state().nbytes
+    known = tokenizers.for_checkpoint(path, config.vocab_size)
+    sizes = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+    return {
+        "kind": "model",
+        "file": str(path),
+        "format": form,
+        "generation": config.generation,
+        "minor": getattr(config, "minor", None),
+        "config": config.to_dict(),
+        "parameters": parameters,
+        "dtypes": {str(dtype).removeprefix("torch."): count for dtype, count in dtypes.items()},
+        "state_bytes": state_bytes,
+        "vocab_size": config.vocab_size,
+        "tokenizer": known.name if known else None,
+        "memory_bytes": {name: parameters * size + state_bytes for name, size in sizes.items()},
+    }
+
+
+def _print_state(facts: dict[str, Any]) -> None:
+    _print_table(
+        {
+            facts["file"]: "a saved state: what a model remembers of a text",
+            "tokens read": f"{facts['tokens_read']:,}",
+            "size": f"{human_bytes(facts['bytes'])}, {facts['layers']} layers",
+            "tokenizer": facts["tokenizer"] or "none",
+            "of the model": f"with fingerprint {facts['model_fingerprint']}",
+        }
+    )
+
+
+def _print_model(facts: dict[str, Any]) -> None:
+    config = facts["config"]
+    minor = "" if facts["minor"] is None else f".{facts['minor']}"
+    heads = (
+        f", {config['dim_att'] // config['head_size']} heads of {config['head_size']}"
+        if "head_size" in config
+        else ""
+    )
+    memory = facts["memory_bytes"]
+    _print_table(
+        {
+            facts["file"]: f"RWKV-{facts['generation']}{minor}, as .{facts['format']}",
+            "parameters": f"{facts['parameters']:,}",
+            "layers": f"{config['n_layer']} of width {config['n_embd']}{heads}, ffn {config['dim_ffn']}",
+            "dtype": ", ".join(f"{name} ({n} tensors)" for name, n in facts["dtypes"].items()),
+            "vocabulary": f"{facts['vocab_size']:,} tokens; tokenizer: {facts['tokenizer'] or 'not known'}",
+            "state": f"{human_bytes(facts['state_bytes'])} per conversation, at any length",
+            "memory": ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items()),
+        }
+    )
+
+
+def _print_table(rows: dict[str, str]) -> None:
+    (title, subtitle), *rest = rows.items()
+    print(f"{title}: {subtitle}")
+    for name, value in rest:
+        print(f"  {name:<13}{value}")

@@ -92,11 +92,12 @@ class Sampling:
 
 
 def penalise(logits: Tensor, seen: Tensor, counts: Tensor, sampling: Sampling) -> Tensor:
-    """Logits (..., V) after the penalties; `seen` (..., V) bool, `counts` (..., V) faded occurrences."""
+    """Logits (..., V) after the penalties; `seen` (..., V) is 1 or 0, `counts` (..., V) faded occurrences."""
     if sampling.repetition_penalty != 1:
         factor = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
-    return logits - sampling.presence_penalty * seen - sampling.frequency_penalty * counts
+        logits = torch.where(seen > 0, torch.where(logits > 0, logits / factor, logits * factor), logits)
+    # `add`, because it makes no products of the size of the vocabulary on the way
+    return logits.add(seen, alpha=-sampling.presence_penalty).add(counts, alpha=-sampling.frequency_penalty)
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -105,14 +106,14 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         best = logits.argmax(-1, keepdim=True)  # of equals the first
         return torch.zeros_like(logits).scatter(-1, best, 1.0)
     probabilities = logits.softmax(-1)
-    kept = probabilities >= sampling.min_p * probabilities.amax(-1, keepdim=True)
+    floor = sampling.min_p * probabilities.amax(-1, keepdim=True)
     if sampling.top_p < 1:
-        kept &= probabilities >= _nucleus_floor(probabilities, sampling.top_p)
+        floor = torch.maximum(floor, _nucleus_floor(probabilities, sampling.top_p))
+    kept = probabilities >= floor
     if 0 < sampling.top_k < logits.shape[-1]:
         kept &= _best(probabilities, sampling.top_k)
-    # p^(1/T), normalised, is softmax(logits / T); from the best logit down nothing can overflow.
-    below_best = (logits - logits.amax(-1, keepdim=True)).masked_fill(~kept, -torch.inf)
-    return (below_best / sampling.temperature).softmax(-1)
+    # p^(1/T), normalised, is softmax(logits / T), which cannot underflow to nothing
+    return (torch.where(kept, logits, -torch.inf) / sampling.temperature).softmax(-1)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
@@ -156,11 +157,12 @@ class Sampler:
             if token >= vocab_size:
                 raise InputError(f"logit_bias names token {token}", f"an id below {vocab_size}")
         self.sampling = sampling
-        self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+        self._seen = torch.zeros(vocab_size)
         self._counts = torch.zeros(vocab_size)
         self._bias = torch.zeros(vocab_size)
         self._bias[list(sampling.logit_bias)] = torch.tensor(list(sampling.logit_bias.values()))
-        self._bias[n_known:vocab_size] = -torch.inf if n_known is not None else 0.0
+        if n_known is not None:
+            self._bias[n_known:] = -torch.inf
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -183,19 +185,19 @@ class Sampler:
         self._counts *= self.sampling.penalty_decay
         if penalised:
             self._counts[token] += 1
-            self._seen[token] = True
+            self._seen[token] = 1
 
 
 def _nucleus_floor(probabilities: Tensor, top_p: float) -> Tensor:
     """(..., 1): the smallest member of the smallest set of probabilities whose sum reaches top_p."""
     size = probabilities.shape[-1]
     head = probabilities.topk(min(_HEAD, size)).values
-    mass = head.cumsum(-1, dtype=torch.float64)
+    mass = head.cumsum(-1, dtype=torch.float64)  # float64, as in `draw`
     if bool((mass[..., -1] < top_p).any()):  # a flat distribution: sort them all
-        # NumPy, because it takes a tenth of the time of torch's sort on a CPU
+        # NumPy takes a tenth of the time of torch's sort
         head = torch.from_numpy(np.sort(probabilities.numpy())).flip(-1)
         mass = head.cumsum(-1, dtype=torch.float64)
-    first = (mass < top_p).sum(-1, keepdim=True)
+    first = torch.searchsorted(mass, torch.full_like(mass[..., :1], top_p))
     return head.gather(-1, first.clamp(max=head.shape[-1] - 1))
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..checkpoints import read_safetensors, write_safetensors
+from ..checkpoints import naming, read_safetensors, shown, write_safetensors
 from ..errors import InputError, StateError, TokenizerError
 from ..models import RWKV
 from ..state import State
@@ -31,8 +31,11 @@ from .sampling import Sampler, Sampling, is_exempt, log_probabilities
 
 CHUNK = 512  # tokens per call while reading: wide enough for the parallel form, small in memory
 
-_FORMAT = "wkv-state"
+_FORMAT, _VERSION = "wkv-state", "1"
 _LOGITS = "logits"  # the one tensor of a state file that is not part of the state
+
+
+_Logged = tuple[float | None, tuple[tuple[int, float], ...]]  # Step.logprob and Step.top
 
 
 class Step(NamedTuple):
@@ -97,14 +100,12 @@ class Session:
     def feed(self, text_or_tokens: str | Iterable[int]) -> None:
         """Read text, or token ids. All or nothing: an error or Ctrl-C leaves the session where it was.
 
-        InputError for ids outside the vocabulary and for text with lone surrogates.
+        InputError for ids outside the vocabulary, bytes, and text that is not valid Unicode.
         """
-        tokens: Iterable[int]
         if isinstance(text_or_tokens, str):
-            tokens = self._text_tokenizer().encode(text_or_tokens)
-        else:
-            tokens = text_or_tokens
-        self._now = self._after(self._now, _checked_ids(tokens, self.model.config.vocab_size))
+            text_or_tokens = self._text_tokenizer().encode(text_or_tokens)
+        tokens = _checked_ids(text_or_tokens, self.model.config.vocab_size)
+        self._now = self._after(self._now, tokens)
 
     def steps(
         self,
@@ -163,6 +164,7 @@ class Session:
             tensors[_LOGITS] = self.logits
         metadata = {
             "format": _FORMAT,
+            "version": _VERSION,
             "model": self.model.fingerprint(),
             "n_tokens": str(self.n_tokens),
             "tokens_sha256": self._now.digest.hex(),
@@ -177,29 +179,24 @@ class Session:
         StateError for a state of another model (both fingerprints are named), of wrong shapes or dtypes, or
         with values that are not finite; CorruptFileError where the bytes are not those that were written.
         """
-        vocab_size = model.config.vocab_size
         tensors, metadata = read_safetensors(path)
-        if metadata.get("format") != _FORMAT:
-            raise StateError(f"{path} is not a state file", "a file written by Session.save")
-        if metadata.get("model") != (fingerprint := model.fingerprint()):
-            raise StateError(
-                f"the state in {path} belongs to the model with fingerprint {metadata.get('model')}",
-                f"a state of this model, {fingerprint}",
-                "load the model that the state was saved with",
-            )
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise StateError(f"{name} in {path} has values that are not finite", "finite numbers")
-        logits = tensors.pop(_LOGITS, None)
-        if logits is not None and (logits.shape != (vocab_size,) or not logits.is_floating_point()):
-            raise StateError(
-                f"logits in {path} are {logits.dtype} of shape {tuple(logits.shape)}",
-                f"floating point of shape ({vocab_size},)",
-            )
-        session = cls(model, tokenizer, State.from_tensors(tensors).to(model.device))
-        n_tokens, digest = _read_history(metadata)
-        logits = None if logits is None else logits.to(model.device)
-        session._now = _Position(session.state, logits, n_tokens, digest)
+        with naming(path):
+            if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):
+                raise StateError("this is not a state file", "a file that Session.save wrote")
+            if metadata.get("model") != (fingerprint := model.fingerprint()):
+                raise StateError(
+                    f"the state belongs to the model with fingerprint {shown(metadata.get('model', ''))}",
+                    f"one of the model given here, {fingerprint!r}",
+                    "the model and dtype that the state was saved with",
+                )
+            for name, tensor in tensors.items():
+                if not torch.isfinite(tensor).all():
+                    raise StateError(f"{shown(name)} has values that are not finite", "finite numbers")
+            logits = tensors.pop(_LOGITS, None)
+            session = cls(model, tokenizer, State.from_tensors(tensors).to(model.device))
+            if logits is not None:
+                logits = _checked_logits(logits, model).to(model.device)
+            session._now = _Position(session.state, logits, *_read_history(metadata))
         return session
 
     def _after(self, position: _Position, tokens: Sequence[int]) -> _Position:
@@ -223,7 +220,7 @@ class Session:
         logprobs: int | None,
         sampler: Sampler,
     ) -> Iterator[Step]:
-        if self.logits is None:
+        if self.logits is None and max_tokens:
             self.feed(self._end_of_text)
         here = self._now
         tail = _Tail(here, stops, self.tokenizer)
@@ -232,7 +229,9 @@ class Session:
                 raise InputError("the session was used while it generates", advice="fork() it first")
             assert here.logits is not None  # something was fed, here or above
             token = sampler.pick(here.logits)
-            logged = (None, ()) if logprobs is None else log_probabilities(here.logits, token, logprobs)
+            logged: _Logged = (None, ())
+            if logprobs is not None:
+                logged = log_probabilities(here.logits, token, logprobs)
             if token in stop_tokens:
                 yield Step(token, tail.flush(), *logged, "stop")
                 return
@@ -340,6 +339,8 @@ class _Tail:
 
 
 def _checked_ids(tokens: Iterable[int], vocab_size: int) -> list[int]:
+    if isinstance(tokens, bytes | bytearray) or not isinstance(tokens, Iterable):
+        raise InputError(f"the input is of type {type(tokens).__name__}", "text, or token ids")
     ids = []
     for place, token in enumerate(tokens):
         try:
@@ -365,12 +366,22 @@ def _check_count(name: str, value: object) -> None:
         raise InputError(f"{name} is {value!r}", "a whole number from 0 up")
 
 
+def _checked_logits(logits: Tensor, model: RWKV) -> Tensor:
+    """StateError unless logits out of a state file could be those of `model`."""
+    shape = (model.config.vocab_size,)
+    if logits.shape != shape or logits.dtype != model.dtype:
+        raise StateError(
+            f"the logits are {logits.dtype} of shape {tuple(logits.shape)}", f"{model.dtype} of shape {shape}"
+        )
+    return logits
+
+
 def _read_history(metadata: Mapping[str, str]) -> tuple[int, bytes]:
     """The count and the digest of the tokens that a state file says were read."""
     count, digest = metadata.get("n_tokens", ""), metadata.get("tokens_sha256", "")
     if not re.fullmatch(r"[0-9]{1,18}", count) or not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise StateError(
-            f"the state file says n_tokens={count[:30]!r}, tokens_sha256={digest[:70]!r}",
+            f"n_tokens is {shown(count)} and tokens_sha256 {shown(digest)}",
             "a whole number and 64 hexadecimal digits",
         )
     return int(count), bytes.fromhex(digest)

@@ -161,7 +161,9 @@ class RWKV(nn.Module):
             )  # fmt: skip
         if state.batch_size != batch_size:
             raise StateError(
-                f"the state has {state.batch_size} rows, the tokens {batch_size}", "as many", "state[i] or State.stack"
+                f"the state has {state.batch_size} rows, the tokens {batch_size}",
+                "as many",
+                "state[i] or State.stack",
             )
         shift = (batch_size, self.config.n_embd), self.dtype
         memory = (batch_size, *self._blocks()[0].att.memory_shape), self.memory_dtype
@@ -216,7 +218,8 @@ class RWKV(nn.Module):
         if lengths is None:
             return
         if lengths.dtype != torch.int64 or lengths.shape != (B,):
-            raise InputError(f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}", f"int64 of shape ({B},)")
+            raise InputError(
+                f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}", f"int64 of shape ({B},)"
+            )
         if int(lengths.min()) < 1 or int(lengths.max()) > T:
             raise InputError(f"lengths {lengths.tolist()}", f"each from 1 to T = {T}")
-

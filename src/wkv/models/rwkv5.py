@@ -72,7 +72,9 @@ class TimeMix(MatrixMemory):
         self.key = Linear(D, A, init=orthogonal(0.1))
         self.value = Linear(D, A, init=orthogonal())
         self.output = Linear(A, D, init=zeros)
-        self.ln_x = HeadNorm(H, A, config.group_norm_eps, init=constant(((1 + layer) / config.n_layer) ** 0.7))
+        self.ln_x = HeadNorm(
+            H, A, config.group_norm_eps, init=constant(((1 + layer) / config.n_layer) ** 0.7)
+        )
 
     def forward(
         self, x_BTD: Tensor, last_BD: Tensor, memory_BHVK: Tensor, lengths: Tensor | None

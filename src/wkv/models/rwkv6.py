@@ -52,7 +52,9 @@ class TimeMix(MatrixMemory):
         self.time_maa_x = parameter(1, 1, D, init=per_channel(lambda n: 1 - (n / D) ** remaining))
         self.time_maa_w = parameter(1, 1, D, init=per_channel(lambda n: 1 - (n / D) ** remaining))
         self.time_maa_k = parameter(1, 1, D, init=per_channel(lambda n: 1 - (n / D) ** remaining))
-        self.time_maa_v = parameter(1, 1, D, init=per_channel(lambda n: 1 - ((n / D) ** remaining + 0.3 * first)))
+        self.time_maa_v = parameter(
+            1, 1, D, init=per_channel(lambda n: 1 - ((n / D) ** remaining + 0.3 * first))
+        )
         self.time_maa_r = parameter(1, 1, D, init=per_channel(lambda n: 1 - (n / D) ** (0.5 * remaining)))
         self.time_maa_g = parameter(1, 1, D, init=per_channel(lambda n: 1 - (n / D) ** (0.5 * remaining)))
         self.time_maa_w1 = parameter(D, 5 * config.mix_rank, init=zeros)
@@ -68,7 +70,9 @@ class TimeMix(MatrixMemory):
         self.value = Linear(D, A, init=orthogonal())
         self.gate = Linear(D, A, init=orthogonal(0.1))
         self.output = Linear(A, D, init=zeros)
-        self.ln_x = HeadNorm(H, A, config.group_norm_eps, init=constant(((1 + layer) / config.n_layer) ** 0.7))
+        self.ln_x = HeadNorm(
+            H, A, config.group_norm_eps, init=constant(((1 + layer) / config.n_layer) ** 0.7)
+        )
 
     def forward(
         self, x_BTD: Tensor, last_BD: Tensor, memory_BHVK: Tensor, lengths: Tensor | None

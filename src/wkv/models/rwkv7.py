@@ -93,20 +93,30 @@ class TimeMix(MatrixMemory):
         self.key = Linear(D, A, init=orthogonal(0.1))
         self.value = Linear(D, A, init=orthogonal())
         self.output = Linear(A, D, init=zeros)
-        self.ln_x = HeadNorm(H, A, config.group_norm_eps, init=constant(((1 + layer) / config.n_layer) ** 0.7))
+        self.ln_x = HeadNorm(
+            H, A, config.group_norm_eps, init=constant(((1 + layer) / config.n_layer) ** 0.7)
+        )
 
     def forward(
-        self, x_BTD: Tensor, v_first_BTD: Tensor | None, last_BD: Tensor, memory_BHVK: Tensor, lengths: Tensor | None
+        self,
+        x_BTD: Tensor,
+        v_first_BTD: Tensor | None,
+        last_BD: Tensor,
+        memory_BHVK: Tensor,
+        lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the mixed tokens, layer 0's values, and what the next call needs: last_BD, memory_BHVK."""
         before_BTD, last_BD = token_shift(x_BTD, last_BD, lengths)
         xr, xw, xk, xv, xa, xg = (
-            torch.lerp(x_BTD, before_BTD, mix) for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+            torch.lerp(x_BTD, before_BTD, mix)
+            for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
 
         # Project. The decay is float32: near 1 bfloat16 has no values left between 0.996 and 1.
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        log_w = -math.exp(-0.5) * torch.sigmoid((self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(memory_BHVK.dtype))
+        log_w = -math.exp(-0.5) * torch.sigmoid(
+            (self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(memory_BHVK.dtype)
+        )
         a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         if v_first_BTD is None:

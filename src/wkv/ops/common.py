@@ -41,7 +41,8 @@ def check_lengths(operator: str, lengths: Tensor | None, B: int, T: int) -> None
         raise InputError(f"{operator}: T = 0", "at least one token")
     if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
         raise InputError(
-            f"{operator}: lengths is {lengths.dtype} of shape {tuple(lengths.shape)}", f"int64 of shape ({B},)"
+            f"{operator}: lengths is {lengths.dtype} of shape {tuple(lengths.shape)}",
+            f"int64 of shape ({B},)",
         )
 
 

@@ -1,6 +1,6 @@
 """The token shift: every position sees its predecessor (all generations).
 
-    shifted_t = x_{t-1},   x_{-1} = the newest input of the call before (zeros at the start)
+shifted_t = x_{t-1},   x_{-1} = the newest input of the call before (zeros at the start)
 """
 
 from __future__ import annotations

@@ -43,7 +43,9 @@ def run(
     return y, state
 
 
-def fading_sums(log_w: Tensor, x: Tensor, p: Tensor, x_start: Tensor, p_start: Tensor) -> tuple[Tensor, Tensor]:
+def fading_sums(
+    log_w: Tensor, x: Tensor, p: Tensor, x_start: Tensor, p_start: Tensor
+) -> tuple[Tensor, Tensor]:
     """All prefixes of a fading sum: row t holds the sum of the start and the leaves 0 ... t-1.
 
     x (T, S, B, A) S sums that share the exponents p (T, B, A); start (S, B, A) and (B, A).

@@ -40,7 +40,9 @@ def run(
     log_w = log_w.clamp(min=NEGLIGIBLE)
     if lengths is None:
         if r.shape[1] % CHUNK:
-            log_w = log_w.expand_as(r)  # the last chunk is filled up without decay, so it is not common to all
+            log_w = log_w.expand_as(
+                r
+            )  # the last chunk is filled up without decay, so it is not common to all
         y, state, _ = _forward(r, log_w, k, v, u, state)
         return y, state
     # No decay and nothing written: padding leaves the memory as it is.
@@ -87,7 +89,12 @@ def _forward(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and M at every chunk's start and at the end (n + 1, G, K, V)."""
-    R, K, V, L = split_chunks(r, CHUNK), split_chunks(k, CHUNK), split_chunks(v, CHUNK), _chunk_decay(log_w, r)
+    R, K, V, L = (
+        split_chunks(r, CHUNK),
+        split_chunks(k, CHUNK),
+        split_chunks(v, CHUNK),
+        _chunk_decay(log_w, r),
+    )
     plan = _plan(r.dtype, r.device)
     A = _attention(R, K, L, u, plan, r.shape[0])
     kept = (plan.after @ L).exp_()
@@ -124,7 +131,12 @@ def _(
 def _backward(
     dy: Tensor, dstate: Tensor, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, M: Tensor
 ) -> list[Tensor]:
-    R, K, V, L = split_chunks(r, CHUNK), split_chunks(k, CHUNK), split_chunks(v, CHUNK), _chunk_decay(log_w, r)
+    R, K, V, L = (
+        split_chunks(r, CHUNK),
+        split_chunks(k, CHUNK),
+        split_chunks(v, CHUNK),
+        _chunk_decay(log_w, r),
+    )
     dY = split_chunks(dy, CHUNK)
     B = r.shape[0]
     plan = _plan(r.dtype, r.device)
@@ -150,7 +162,11 @@ def _backward(
     d_read, d_kept = dY @ M[:-1].mT * read, V @ dM[1:].mT * kept
     dR, dK = d_read + (own_u * K_heads).flatten(1, 2), d_kept + (own_u * R_heads).flatten(1, 2)
     dL = _like(decay * dM[1:] * M[:-1], decay).sum(dim=-1)[..., None, :]
-    dL = plan.before.mT @ _like(d_read * R, L) + plan.after.mT @ _like(d_kept * K, L) + _like(dL, L[..., :1, :])
+    dL = (
+        plan.before.mT @ _like(d_read * R, L)
+        + plan.after.mT @ _like(d_kept * K, L)
+        + _like(dL, L[..., :1, :])
+    )
     for to_middle, straddles in zip(plan.to_middle, plan.straddles, strict=True):
         E = (to_middle @ L).exp_()
         RE, KE, dA_level = R * E, K * E, dA * straddles

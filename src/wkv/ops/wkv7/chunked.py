@@ -42,7 +42,14 @@ CHUNK = 32  # 16 and 32 cost the same multiplications per token, 64 a third more
 
 
 def run(
-    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, state: Tensor, lengths: Tensor | None
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    state: Tensor,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `wkv7`; every tensor already has the dtype of the sums."""
     if lengths is None:
@@ -134,7 +141,15 @@ def _(
 
 @torch.library.custom_op("wkv::wkv7_chunked_backward", mutates_args=())
 def _backward(
-    dy: Tensor, dstate: Tensor, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, M: Tensor
+    dy: Tensor,
+    dstate: Tensor,
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    M: Tensor,
 ) -> list[Tensor]:
     chunks = _prepare(r, log_w, k, v, a, b)
     A_R, B_K, V, P = chunks[:4]
@@ -166,14 +181,29 @@ def _backward(
     dlog_w = after - de + (dM[1:] * M[1:]).sum(dim=-1)[..., None, :]
 
     (da, dr), (db, dk) = dA_R.split(CHUNK, dim=-2), dB_K.split(CHUNK, dim=-2)
-    gradients = [dr * chunks.shrink, dlog_w, dk * chunks.grow, dV, da * chunks.shrink_before, db * chunks.grow]
+    gradients = [
+        dr * chunks.shrink,
+        dlog_w,
+        dk * chunks.grow,
+        dV,
+        da * chunks.shrink_before,
+        db * chunks.grow,
+    ]
     joined = [join_chunks(d, like) for d, like in zip(gradients, (r, log_w, k, v, a, b), strict=True)]
     return [*joined, dM[0].view_as(dstate.mT).mT.contiguous()]
 
 
 @_backward.register_fake
 def _(
-    dy: Tensor, dstate: Tensor, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, M: Tensor
+    dy: Tensor,
+    dstate: Tensor,
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    M: Tensor,
 ) -> list[Tensor]:
     return [torch.empty_like(x) for x in (r, log_w, k, v, a, b, dstate)]
 

@@ -7,7 +7,14 @@ from torch import Tensor
 
 
 def run(
-    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, state: Tensor, lengths: Tensor | None
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    state: Tensor,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `wkv7`; every tensor already has the dtype of the sums."""
     w, rate = log_w.exp(), kappa * a

@@ -1,0 +1,220 @@
+"""The pickle inside a .pth file, read as data.
+
+A pickle is a program for a small stack machine. This module runs the few instructions that torch.save
+writes for a dict of tensors, on plain values: a global stays a name, a stored block stays a reference,
+a call is one of three that are known. So a file can say what it holds, by name, before torch opens it,
+and a pickle that wants anything else is refused: code, and also the tricks that need none (hashing a
+tuple of tuples of tuples, a hundred bytes long, keeps even `torch.load(weights_only=True)` busy for ever).
+"""
+
+from __future__ import annotations
+
+import pickletools
+import struct
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import CheckpointError, CorruptFileError, UnsafeFileError
+from .naming import shown
+
+_STORAGES = {
+    "torch DoubleStorage": torch.float64,
+    "torch FloatStorage": torch.float32,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch LongStorage": torch.int64,
+    "torch IntStorage": torch.int32,
+    "torch ShortStorage": torch.int16,
+    "torch CharStorage": torch.int8,
+    "torch ByteStorage": torch.uint8,
+    "torch BoolStorage": torch.bool,
+}
+_TENSOR = "torch._utils _rebuild_tensor_v2"
+_PARAMETER = "torch._utils _rebuild_parameter"
+_DICT = "collections OrderedDict"
+_KNOWN = {_TENSOR, _PARAMETER, _DICT, *_STORAGES}
+
+
+class Block(NamedTuple):
+    """A stored block of numbers, the record `data/<key>` of the archive."""
+
+    dtype: torch.dtype
+    key: str
+    length: int
+
+
+class PickledTensor(NamedTuple):
+    """A window onto a block; `offset` and `strides` count elements."""
+
+    block: Block
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Global(NamedTuple):
+    name: str
+
+
+@dataclass(eq=False)
+class _Dict:
+    """A dict as pairs: keys of hostile files must not be hashed."""
+
+    items: list[tuple[object, object]] = field(default_factory=list)
+
+
+def read_state_dict(pickle: bytes) -> dict[str, object]:
+    """Name -> PickledTensor (or whatever else is stored under it) of the one dict in the pickle.
+
+    UnsafeFileError when the pickle names code; CheckpointError when it is no dict of tensors;
+    CorruptFileError when it is no pickle at all.
+    """
+    try:
+        result = _run(pickle)
+    except (ValueError, LookupError, TypeError, struct.error) as error:
+        raise CorruptFileError(
+            f"the list of its tensors cannot be read ({error})",
+            "the pickle that torch.save writes",
+            "a fresh copy of the file",
+        ) from error
+    if not isinstance(result, _Dict):
+        raise CheckpointError(f"it holds {describe(result)}", "a dict of tensors", _SAVE_AGAIN)
+    entries: dict[str, object] = {}
+    for key, value in result.items:
+        if not isinstance(key, str):
+            raise CheckpointError(f"a key of its dict is {describe(key)}", "names", _SAVE_AGAIN)
+        if key in entries:
+            raise CheckpointError(f"{shown(key)} is stored twice", "every tensor once")
+        entries[key] = value
+    return entries
+
+
+_SAVE_AGAIN = "saving the model's state_dict() alone"
+
+
+def describe(value: object) -> str:
+    """What a value is, in a word: "a tensor", "a dict", "an int"."""
+    kinds = {PickledTensor: "a tensor", _Dict: "a dict", _Global: "a class", Block: "a storage"}
+    kind = kinds.get(type(value), type(value).__name__)
+    return kind if " " in kind else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def _run(pickle: bytes) -> Any:
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        values = stack[start:]
+        del stack[start:]
+        return values
+
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(pickle):
+        match opcode.name:
+            case "PROTO":
+                if argument != 2:
+                    raise CheckpointError(
+                        f"its pickle has the protocol {argument}",
+                        "protocol 2, as torch.save writes",
+                        _SAVE_AGAIN,
+                    )
+            case "STOP":
+                break
+            case "MARK":
+                marks.append(len(stack))
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(_known_global(argument))
+            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                stack.append(argument)
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode.name == "NEWTRUE")
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name[-1])
+                stack[-size:] = [tuple(stack[-size:])]
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND":
+                value = stack.pop()
+                stack[-1].append(value)
+            case "APPENDS":
+                values = since_mark()
+                stack[-1].extend(values)
+            case "EMPTY_DICT":
+                stack.append(_Dict())
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _as_dict(stack[-1]).items.append((key, value))
+            case "SETITEMS":
+                flat = since_mark()
+                _as_dict(stack[-1]).items.extend(zip(flat[::2], flat[1::2], strict=True))
+            case "BUILD":
+                stack.pop()  # attributes of an OrderedDict: the `_metadata` of a state_dict
+                _as_dict(stack[-1])
+            case "BINPERSID":
+                stack.append(_block(stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_call(function, arguments))
+            case name:
+                raise _unsafe(f"its pickle uses the instruction {name}{_wanted(name, argument, stack)}")
+    return stack.pop()
+
+
+def _known_global(name: str) -> _Global:
+    if name not in _KNOWN:
+        raise _unsafe(f"its pickle wants {shown(name.replace(' ', '.'))}, and nothing of it was run")
+    return _Global(name)
+
+
+def _wanted(instruction: str, argument: object, stack: list[Any]) -> str:
+    """The class or function that an instruction of another protocol asks for."""
+    if instruction == "INST":
+        return f" on {shown(str(argument).replace(' ', '.'))}, and nothing of it was run"
+    if instruction == "STACK_GLOBAL":
+        return f" on {shown('.'.join(map(str, stack[-2:])))}, and nothing of it was run"
+    return ""
+
+
+def _unsafe(got: str) -> UnsafeFileError:
+    return UnsafeFileError(got, "a dict of tensors, which needs no code", "a .safetensors file of the model")
+
+
+def _as_dict(value: object) -> _Dict:
+    if not isinstance(value, _Dict):
+        raise TypeError("an entry for something that is no dict")
+    return value
+
+
+def _block(reference: Any) -> Block:
+    kind, storage, key, _device, count = reference
+    if kind != "storage" or type(storage) is not _Global or type(key) is not str or type(count) is not int:
+        raise TypeError("a storage that torch.save does not write")
+    return Block(_STORAGES[storage.name], key, count)
+
+
+def _call(function: object, arguments: Any) -> object:
+    match function, arguments:
+        case _Global(name=name), () if name == _DICT:
+            return _Dict()
+        case _Global(name=name), (PickledTensor() as tensor, *_) if name == _PARAMETER:
+            return tensor
+        case _Global(name=name), (Block() as block, int(offset), tuple(shape), tuple(strides), *rest):
+            # Beyond requires_grad and hooks there may be flags such as "conjugate".
+            whole = all(type(size) is int for size in (*shape, *strides)) and len(rest) == 2
+            if name == _TENSOR and whole and len(shape) == len(strides) <= 8:
+                return PickledTensor(block, offset, shape, strides)
+    raise TypeError("a call that torch.save does not write")

@@ -1,0 +1,215 @@
+"""Every backend of every operator is the reference recurrence: forward, backward, states, at any length."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from operators import OPERATORS, arguments, largest_error, meaning, scale_of, with_gradients
+
+from wkv import ops
+from wkv.errors import BackendError, InputError, StateError
+from wkv.ops.dispatch import Call
+
+ROWS = [(name, row.name) for name, op in ops.OPERATORS.items() for row in op.backends]
+FAST = [(name, row) for name, row in ROWS if row != "reference"]
+LENGTHS = [4, 15, 16, 17, 31, 32, 33, 63, 64, 65]
+
+
+def refused(name: str, row: str, T: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    (backend,) = (b for b in ops.OPERATORS[name].backends if b.name == row)
+    return backend.refuses(Call(T, 8, dtype, device, True))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("T", [1, 2, *LENGTHS, 1000])
+@pytest.mark.parametrize(("name", "row"), FAST)
+def test_a_backend_is_the_reference_forward_and_backward(
+    name: str, row: str, T: int, padded: bool, device: torch.device
+) -> None:
+    if reason := refused(name, row, T, torch.float64, device):
+        pytest.skip(reason)
+    inputs = arguments(name, 2, T, device=device)
+    lengths = torch.tensor([max(1, T // 3), T], device=device) if padded else None
+    found = with_gradients(name, inputs, lengths=lengths, backend=row)
+    expected = with_gradients(name, inputs, lengths=lengths, backend="reference")
+    assert largest_error(found[0], expected[0]) < 1e-11
+    assert largest_error(found[1], expected[1]) < 1e-11
+
+
+@pytest.mark.parametrize("key", [1, 30, 100])
+@pytest.mark.parametrize("decay", [-6, 0, 3], ids=["weak", "mixed", "strong"])
+@pytest.mark.parametrize(("name", "row"), ROWS)
+def test_float32_stays_near_the_float64_reference_for_any_decay_and_key(
+    name: str, row: str, decay: float, key: float, device: torch.device
+) -> None:
+    T = 200
+    exact = arguments(name, 2, T, device=device, decay=decay, key=key, fresh=True)
+    rounded = [x.detach().float().requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    scale = scale_of(name, OPERATORS[name].run(*exact, backend="reference")[1])
+    found = with_gradients(name, rounded, scale=scale, backend=row)
+    expected = with_gradients(name, exact, scale=scale, backend="reference")
+    # A sum of T terms keeps about sqrt(T) roundings; RWKV-4's weights are exponentials of normal keys of up
+    # to four times their scale, and of decays, rounded as often; the backward pass comes on top.
+    roundings = math.sqrt(T) * (1 + 4 * key if name == "wkv4" else 1)
+    tolerance = 4 * roundings * torch.finfo(torch.float32).eps
+    assert largest_error(found[0], expected[0]) < tolerance
+    assert largest_error(found[1], expected[1]) < 8 * tolerance
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS)
+def test_the_derivative_is_the_limit_of_differences(name: str, row: str, device: torch.device) -> None:
+    inputs = arguments(name, 1, 5, H=1, N=2, device=device)
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    if name == "wkv4":  # pp is a scale without a gradient: differentiate the rest
+        *others, state = inputs
+        pp = state.detach()[:, 2:]
+
+        def call(*x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return meaning(name, OPERATORS[name].run(*x[:-1], torch.cat((x[-1], pp), dim=1), backend=row))
+
+        inputs = [*others, state.detach()[:, :2].clone().requires_grad_()]
+    else:
+
+        def call(*x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return OPERATORS[name].run(*x, backend=row)
+
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS)
+@given(data=st.data())
+def test_a_state_handed_over_at_any_split_gives_the_same_outputs(
+    name: str, row: str, data: st.DataObject
+) -> None:
+    T = data.draw(st.integers(2, 100), label="T")
+    cut = data.draw(st.integers(1, T - 1), label="cut")
+    inputs = [x.detach() for x in arguments(name, 2, T, seed=data.draw(st.integers(0, 100)))]
+    operator = OPERATORS[name]
+    whole, state = meaning(name, operator.run(*inputs))
+    with ops.use_backend(row) if min(cut, T - cut) >= 4 else ops.use_backend("reference"):
+        first, between = operator.run(*operator.piece(inputs, 0, cut, inputs[-1]))
+        second, end = meaning(name, operator.run(*operator.piece(inputs, cut, T, between)))
+    assert largest_error((torch.cat((first, second), dim=1), end), (whole, state)) < 1e-11
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_hundred_thousand_tokens_with_large_keys_stay_finite_and_right(
+    name: str, device: torch.device
+) -> None:
+    T, tail = 100_000, 50
+    inputs = arguments(name, 1, T, H=1, N=4, device=device, dtype=torch.float32, key=100, decay=2, fresh=True)
+    y, state = OPERATORS[name].run(*inputs)
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(state).all()
+    for gradient in torch.autograd.grad(y.mean() + state[:, :2].mean(), inputs):
+        assert torch.isfinite(gradient).all()
+    # The recurrence, started from the state after all but the last tokens, gives the same ending.
+    operator, inputs = OPERATORS[name], [x.detach() for x in inputs]
+    _, before = operator.run(*operator.piece(inputs, 0, T - tail, inputs[-1]))
+    ending, _ = operator.run(*operator.piece(inputs, T - tail, T, before), backend="reference")
+    assert largest_error((y[:, -tail:],), (ending,)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["wkv5", "wkv6"])
+def test_a_decay_of_zero_forgets_everything(name: str, device: torch.device) -> None:
+    inputs = [x.detach() for x in arguments(name, 1, 40, device=device)]
+    inputs[1] = torch.full_like(inputs[1], -torch.inf)
+    found = OPERATORS[name].run(*inputs, backend="chunked")
+    assert largest_error(found, OPERATORS[name].run(*inputs, backend="reference")) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_short_formats_are_summed_in_float32(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    *inputs, state = (x.detach() for x in arguments(name, 2, 40, device=device, dtype=torch.float32))
+    rounded = [x.to(dtype) for x in inputs]
+    y, after = OPERATORS[name].run(*rounded, state)
+    assert (y.dtype, after.dtype) == (torch.float32, torch.float32)
+    expected = OPERATORS[name].run(*(x.float() for x in rounded), state)
+    assert torch.equal(y, expected[0])
+    with pytest.raises(StateError, match="float32"):
+        OPERATORS[name].run(*rounded, state.to(dtype))
+
+
+@pytest.mark.parametrize(("name", "row"), FAST)
+def test_a_fast_form_is_one_operator_to_the_compiler(name: str, row: str, device: torch.device) -> None:
+    inputs = arguments(name, 1, 20, N=4, device=device, dtype=torch.float32)
+    module = {"wkv4": "wkv4_scan", "wkv7": "wkv7_chunked"}.get(name, "wkv6_chunked")
+    operator = getattr(torch.ops.wkv, module)
+    if name == "wkv4":
+        inputs = [*inputs, torch.tensor([20], device=device)]
+    elif name == "wkv5":
+        inputs[1] = inputs[1].detach()[None, None].expand_as(inputs[0]).clone().requires_grad_()
+    elif name == "wkv7":
+        r, log_w, k, v, kappa, a, state = inputs
+        inputs = [r, log_w, k, v, kappa, a, state]
+    torch.library.opcheck(operator, inputs)
+
+
+def test_an_operator_changes_none_of_its_arguments(device: torch.device) -> None:
+    for name, row in ROWS:
+        inputs = arguments(name, 2, 40, device=device)
+        before = [x.detach().clone() for x in inputs]
+        with_gradients(name, inputs, backend=row)
+        for x, y in zip(inputs, before, strict=True):
+            assert torch.equal(x.detach(), y)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_padded_row_is_the_row_alone(name: str, device: torch.device) -> None:
+    inputs = [x.detach() for x in arguments(name, 3, 50, device=device)]
+    lengths = torch.tensor([7, 50, 33], device=device)
+    y, state = OPERATORS[name].run(*inputs, lengths=lengths)
+    for row, length in enumerate(lengths.tolist()):
+        alone = OPERATORS[name].piece(inputs, 0, length, inputs[-1])
+        alone = [x[row : row + 1] if x.shape[0] == 3 else x for x in alone]
+        expected = meaning(name, OPERATORS[name].run(*alone))
+        found = meaning(name, (y[row : row + 1, :length], state[row : row + 1]))
+        assert largest_error(found, expected) < 1e-12
+        assert not y[row, length:].any()
+
+
+def test_token_shift_hands_the_last_input_over(device: torch.device) -> None:
+    x = torch.randn(2, 9, 3, device=device)
+    last = torch.randn(2, 3, device=device)
+    shifted, new_last = ops.token_shift(x, last)
+    assert torch.equal(shifted[:, 0], last)
+    assert torch.equal(shifted[:, 1:], x[:, :-1])
+    assert torch.equal(new_last, x[:, -1])
+    _, padded_last = ops.token_shift(x, last, torch.tensor([4, 9], device=device))
+    assert torch.equal(padded_last, torch.stack((x[0, 3], x[1, 8])))
+
+
+def test_explain_names_every_row_and_the_reason_it_refuses() -> None:
+    lines = ops.explain("wkv7", T=1).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == [row.name for row in ops.OPERATORS["wkv7"].backends]
+    assert "refuses: T = 1" in lines[0]
+    assert lines[-1].endswith("runs")
+    with pytest.raises(InputError, match="wkv9"):
+        ops.explain("wkv9")
+
+
+def test_a_named_backend_that_refuses_is_an_error_with_the_reason() -> None:
+    inputs = arguments("wkv7", 1, 2)
+    with pytest.raises(BackendError, match=r"T = 2"):
+        ops.wkv7(*inputs, backend="chunked")
+    with pytest.raises(BackendError, match="no backend 'cuda'"), ops.use_backend("cuda"):
+        ops.wkv7(*inputs)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_wrong_shape_names_the_argument(name: str) -> None:
+    inputs = [x.detach() for x in arguments(name, 2, 5)]
+    for i in range(1, len(inputs)):
+        wrong = list(inputs)
+        wrong[i] = wrong[i][..., :-1]
+        with pytest.raises((InputError, StateError), match=r"has shape .* Expected"):
+            OPERATORS[name].run(*wrong)
+    empty = OPERATORS[name].piece(inputs, 0, 0, inputs[-1])
+    with pytest.raises(InputError, match="T = 0"):
+        OPERATORS[name].run(*empty)
