@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import tokenizers as hf
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from wkv.errors import InputError, TokenizerError
 from wkv.tokenizers import (
@@ -58,7 +58,8 @@ SCRIPTS = {
     "code": "def f(x):\r\n\treturn {'a': x}  # \x00\x7f\u2028\n\n\n\n" + " " * 300,
 }
 LOSSLESS = ["world", "bytes", "byte-level"]
-modestly = settings(deadline=None, max_examples=50)  # the machine may be busy with other tests
+# Not timed: the machine may be busy with other tests.
+modestly = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 
 
 def byte_level_file(path: Path) -> Path:
@@ -69,7 +70,7 @@ def byte_level_file(path: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.add_tokens(["    ", "Ġé☃"])
+    tokenizer.add_tokens(["    ", "Ġé"])
     tokenizer.save(str(path))
     return path
 
@@ -326,7 +327,7 @@ def test_20b_has_the_sizes_of_the_pile_models(pile: Tokenizer) -> None:
 
 def test_added_tokens_are_plain_text_and_not_spelt_bytes(lossless: dict[str, Tokenizer]) -> None:
     tokenizer = lossless["byte-level"]
-    text = "the Ġé☃ and    more"
+    text = "the Ġé and    more"
     ids = tokenizer.encode(text)
     assert {259, 260} <= set(ids)
     assert tokenizer.decode(ids) == text
@@ -406,23 +407,40 @@ def test_the_stream_puts_the_spaces_where_the_decoder_of_the_file_does(
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids) == library.decode(ids)
 
 
-def test_a_gap_in_the_vocabulary_of_a_file_decodes_to_nothing(tmp_path: Path) -> None:
-    path = word_file(tmp_path / "tokenizer.json", decoders.Fuse(), ["a", "b"])
+@pytest.mark.parametrize(
+    ("decoder", "last"),
+    [(None, 9), (llama_decoder(), 7), (decoders.ByteLevel(), 8)],
+    ids=["none", "llama", "byte-level"],
+)
+def test_a_gap_in_the_vocabulary_of_a_file_decodes_to_nothing(
+    tmp_path: Path, decoder: Any, last: int
+) -> None:
+    path = word_file(tmp_path / "tokenizer.json", decoder, ["a", "b"])
     content = json.loads(path.read_text())
-    content["model"]["vocab"] = {"a": 0, "b": 7}
+    content["model"]["vocab"] = {"a": 0, "▁b": 7, "Ġb": 8, "b": 9}
     path.write_text(json.dumps(content))
-    assert from_file(path).vocab_size == 8
-    assert from_file(path).decode([0, 3, 7]) == "ab"
+    tokenizer = from_file(path)
+    assert tokenizer.vocab_size == 10
+    assert "".join(streamed(tokenizer, [0, 3, last])) == tokenizer.decode([0, 3, last]) == "a b"
 
 
-def test_a_file_that_truncates_and_pads_does_neither_here(tmp_path: Path) -> None:
+def test_a_file_that_truncates_pads_and_adds_marks_does_none_of_it_here(tmp_path: Path) -> None:
     path = byte_level_file(tmp_path / "tokenizer.json")
     library = hf.Tokenizer.from_file(str(path))
     library.enable_truncation(3)
     library.enable_padding(length=8)
+    library.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
     library.save(str(path))
-    assert from_file(path).decode(from_file(path).encode("abcdefghijk")) == "abcdefghijk"
+    assert len(library.encode("a").ids) == 8
     assert len(from_file(path).encode("a")) == 1
+    assert from_file(path).decode(from_file(path).encode("abcdefghijk")) == "abcdefghijk"
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_no_text_can_spell_the_end_of_text(lossless: dict[str, Tokenizer], kind: str) -> None:
+    ids = lossless[kind].encode("a<|endoftext|>b")
+    assert lossless[kind].end_of_text not in ids
+    assert lossless[kind].decode(ids) == "a<|endoftext|>b"
 
 
 def test_a_character_without_a_token_is_an_input_error(tmp_path: Path) -> None:

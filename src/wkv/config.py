@@ -70,7 +70,9 @@ class RWKV4Config(Config):
     generation: ClassVar[int] = 4
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # Peng et al. 2023, table 2. The World models of the same shapes: vocab_size=65536.
-        name: dict(vocab_size=PILE_VOCABULARY, n_layer=n_layer, n_embd=width, dim_att=width, dim_ffn=4 * width)
+        name: dict(
+            vocab_size=PILE_VOCABULARY, n_layer=n_layer, n_embd=width, dim_att=width, dim_ffn=4 * width,
+        )
         for name, n_layer, width in [
             ("169M", 12, 768), ("430M", 24, 1024), ("1.5B", 24, 2048),
             ("3B", 32, 2560), ("7B", 32, 4096), ("14B", 40, 5120),
@@ -186,7 +188,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> Config:
     """The config that `to_dict` wrote. An unknown key raises ConfigError and names the nearest field."""
     fields = dict(fields)
     generation = fields.pop("generation", None)
-    if generation not in CONFIGS:
+    if not isinstance(generation, int) or generation not in CONFIGS:
         raise ConfigError(f"generation is {generation!r}", f"one of {list(CONFIGS)}")
     cls = CONFIGS[generation]
     known = {field.name: field for field in dataclasses.fields(cls)}

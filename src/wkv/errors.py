@@ -49,6 +49,10 @@ class StateError(Error):
     """A recurrent state does not belong to this model, batch size or dtype."""
 
 
+class DivergenceError(Error):
+    """Training produced a loss or a gradient that is not a finite number."""
+
+
 class BackendError(Error):
     """A backend that was asked for by name cannot run this call."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 
 from .errors import MissingExtraError
@@ -13,12 +14,12 @@ def loss_curve(
     bits_per_byte: Sequence[float],
     *,
     title: str,
-    lines: Mapping[str, float],
+    levels: Mapping[str, float],
     end: tuple[str, float] | None = None,
 ) -> bytes:
     """A PNG of `bits_per_byte` against `tokens`: every step faint, the smoothed course bold.
 
-    `lines` are labelled levels to compare with, in bits per byte; `end` is one labelled point after the
+    `levels` are labelled lines to compare with, in bits per byte; `end` is one labelled point after the
     last step. MissingExtraError without matplotlib.
     """
     try:
@@ -32,7 +33,7 @@ def loss_curve(
     axes = figure.add_subplot()
     axes.plot(tokens, bits_per_byte, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(tokens, smoothed(bits_per_byte), color="tab:blue", linewidth=2, label="training")
-    for (label, level), style in zip(lines.items(), ("--", "-.", ":"), strict=False):
+    for (label, level), style in zip(levels.items(), itertools.cycle(("--", "-.", ":")), strict=False):
         axes.axhline(level, color="tab:gray", linestyle=style, label=f"{label} {level:.2f}")
     if end is not None:
         label, value = end

@@ -200,10 +200,10 @@ def _as_dict(value: object) -> _Dict:
 
 
 def _block(reference: Any) -> Block:
-    kind, storage, key, _device, count = reference
-    if kind != "storage" or type(storage) is not _Global or type(key) is not str or type(count) is not int:
-        raise TypeError("a storage that torch.save does not write")
-    return Block(_STORAGES[storage.name], key, count)
+    match reference:
+        case ("storage", _Global(name=name), str(key), _device, int(length)):
+            return Block(_STORAGES[name], key, length)
+    raise TypeError("a storage that torch.save does not write")
 
 
 def _call(function: object, arguments: Any) -> object:
@@ -212,9 +212,9 @@ def _call(function: object, arguments: Any) -> object:
             return _Dict()
         case _Global(name=name), (PickledTensor() as tensor, *_) if name == _PARAMETER:
             return tensor
-        case _Global(name=name), (Block() as block, int(offset), tuple(shape), tuple(strides), *rest):
-            # Beyond requires_grad and hooks there may be flags such as "conjugate".
-            whole = all(type(size) is int for size in (*shape, *strides)) and len(rest) == 2
-            if name == _TENSOR and whole and len(shape) == len(strides) <= 8:
+        case _Global(name=name), (Block() as block, offset, tuple(shape), tuple(strides), *rest):
+            # rest: requires_grad, hooks, and in odd files flags such as "conjugate".
+            whole = all(type(number) is int for number in (offset, *shape, *strides))
+            if name == _TENSOR and whole and len(shape) == len(strides) <= 8 and len(rest) == 2:
                 return PickledTensor(block, offset, shape, strides)
     raise TypeError("a call that torch.save does not write")

@@ -48,16 +48,7 @@ class PthCheckpoint(Checkpoint):
         self._digests = archive.digests(set(tensors))
         self._checksums = {n: (t.block.key, archive.blocks[t.block.key].CRC) for n, t in tensors.items()}
         self._checked: set[str] = set()
-        try:
-            self._tensors: dict[str, Tensor] = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=True
-            )
-        except Exception as error:  # torch.load documents no error of its own
-            raise CorruptFileError(
-                f"torch cannot read it ({type(error).__name__})",
-                "a file that torch.save wrote",
-                "a fresh copy of the file",
-            ) from error
+        self._tensors = _load(path)
 
     def _read(self, stored: str, verify: bool) -> Tensor:
         tensor = self._tensors[stored].detach()
@@ -83,6 +74,23 @@ class PthCheckpoint(Checkpoint):
 
     def close(self) -> None:
         self._tensors = {}
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    # A .pth under this name works too, unmapped: torch.load hands the suffix to another library.
+    misnamed = path.name.endswith(".safetensors")
+    try:
+        with path.open("rb") as file:
+            tensors: dict[str, Tensor] = torch.load(
+                file if misnamed else path, map_location="cpu", weights_only=True, mmap=not misnamed
+            )
+    except Exception as error:  # torch.load documents no error of its own
+        raise CorruptFileError(
+            f"torch cannot read it ({type(error).__name__})",
+            "a file that torch.save wrote",
+            "a fresh copy of the file",
+        ) from error
+    return tensors
 
 
 class _BoundedFile(io.FileIO):

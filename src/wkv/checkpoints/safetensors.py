@@ -35,6 +35,7 @@ from .naming import naming, shown
 MODEL_FORMAT, MODEL_VERSION = "wkv-model", "1"
 
 _HEADER_LIMIT = 4_000_000  # bytes; the largest published model needs half a million
+_CONFIG_LIMIT = 10_000  # characters; a config has a dozen fields
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -183,19 +184,18 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not a size")
 
 
-def _span(name: str, entry: object) -> tuple[TensorInfo, int, int]:
+def _span(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """What an entry says, and where its tensor begins and ends."""
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)], **rest} if (
-            not rest
-        ):
-            sizes = [size for size in shape if type(size) is int and 0 <= size < 2**48]
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if len(entry) == 3:
             if dtype not in _DTYPES:
                 raise CheckpointError(
                     f"tensor {shown(name)} has the dtype {shown(dtype)}", f"one of {', '.join(_DTYPES)}"
                 )
-            if len(sizes) == len(shape) <= 8:
-                info = TensorInfo(_DTYPES[dtype], tuple(sizes))
-                if end - begin == math.prod(sizes) * info.dtype.itemsize:
+            numbers = [*shape, begin, end]
+            if len(shape) <= 8 and all(type(number) is int and 0 <= number < 2**48 for number in numbers):
+                info = TensorInfo(_DTYPES[dtype], tuple(shape))
+                if end - begin == math.prod(shape) * info.dtype.itemsize:
                     return info, begin, end
     raise UnsafeFileError(
         f"what its header says of {shown(name)} cannot be true",
@@ -246,8 +246,11 @@ def _stored_config(metadata: Mapping[str, str]) -> Config:
             f"version {MODEL_VERSION}",
             "a newer wkv",
         )
+    text = metadata.get("config", "")
+    if len(text) > _CONFIG_LIMIT:
+        raise _corrupt(f"its config has {len(text):,} characters")
     try:
-        fields = json.loads(metadata.get("config", ""))
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _corrupt(f"its config is not JSON ({error})") from error
     if not isinstance(fields, dict):

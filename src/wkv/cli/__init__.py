@@ -35,11 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if debug:
         tokens.remove("--debug")
     try:
-        if not tokens:
-            return _menu()
-        status = _app()(tokens, result_action="return_value", print_error=False, exit_on_error=False)
+        status = 0
+        if tokens:
+            status = _app()(tokens, result_action="return_value", print_error=False, exit_on_error=False)
+        else:
+            _menu()
         sys.stdout.flush()  # a closed pipe shows here, not at exit
-        return int(status or 0)
+        return status or 0
     except KeyboardInterrupt:
         note("wkv: stopped")
         return 130
@@ -82,7 +84,7 @@ def _version() -> str:
     return version("wkv")
 
 
-def _menu() -> int:
+def _menu() -> None:
     """What to type next: the demo comes first until it has made a model."""
     lines = [
         ("wkv demo", "train a small model on this computer, in 3 minutes"),
@@ -94,7 +96,6 @@ def _menu() -> int:
     print("RWKV language models, generations 4 to 7.\n")
     for command, purpose in lines[1:] if DEMO_MODEL.exists() else lines[:1] + lines[2:]:
         print(f"  {command:<22}{purpose}")
-    return 0
 
 
 def _one_line(error: Exception, command: str) -> str:

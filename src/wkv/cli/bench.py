@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 512
 LARGEST_BUFFER = 2**30  # bytes: far beyond any cache
+BUDGET = 4.0  # seconds per figure
 
 
 def bench(
@@ -65,13 +66,12 @@ def bench(
         print one JSON object instead
     """
     use_threads(how.threads)
-    name, network = _load_or_build(model, how)
-    note("measuring, about 20 seconds")
+    name, network = load_or_build(model, how)
+    note("measuring, for about 10 seconds")
     figures = measure(network)
     if as_json:
         print(json.dumps({"model": name, **figures}))
         return
-    share = figures["ratio"]
     print(
         f"{name}: {figures['parameters']:,} parameters, {figures['dtype']}, "
         f"{figures['threads']} threads on {figures['device']}\n"
@@ -79,11 +79,11 @@ def bench(
         f"decode     {figures['decode_tokens_per_second']:.1f} tokens/s\n"
         f"moved      {human_bytes(figures['bytes_per_token'])} per token\n"
         f"memory     {human_bytes(figures['bandwidth_bytes_per_second'])}/s, measured now\n"
-        f"ratio      {share:.2f} of the decode speed that this memory allows"
+        f"ratio      {figures['ratio']:.2f} of the decode speed that this memory allows"
     )
 
 
-def _load_or_build(name: str | None, how: ModelFlags) -> tuple[str, RWKV]:
+def load_or_build(name: str | None, how: ModelFlags) -> tuple[str, RWKV]:
     """A file where there is one; else a published size, such as rwkv7-0.1b, with random weights."""
     known = re.fullmatch(r"rwkv([4-7])-([\d.]+[mb])", name or "", re.IGNORECASE)
     if name is None or known is None or Path(name).exists():
@@ -158,7 +158,7 @@ def _median_seconds(run: Callable[[], Any], device: torch.device, budget: float 
     """The median of as many runs as fit into budget seconds, at least 3, after one to warm up."""
     run()
     times = [_seconds(run, device) for _ in range(3)]
-    while sum(times) < budget:
+    while sum(times) < BUDGET:
         times.append(_seconds(run, device))
     return median(times)
 

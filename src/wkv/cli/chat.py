@@ -9,7 +9,7 @@ import difflib
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import Parameter
 
@@ -63,8 +63,8 @@ class Chat:
         say: Callable[[str], None],
     ) -> None:
         form.answer_prefix(think)  # refuses what the format cannot do
-        self.opening = form.opening(system)
-        self.form, self.sampling, self.think, self.max_tokens = form, sampling, think, max_tokens
+        self.form, self.sampling, self.think = form, sampling, think
+        self.opening, self.max_tokens = form.opening(system), _checked_limit(max_tokens)
         self.read, self.write, self.say = read, write, say
         self.branches = {"main": [session]}
         self.branch = "main"
@@ -75,22 +75,28 @@ class Chat:
         return self.branches[self.branch]
 
     def run(self) -> None:
-        """Talk until /quit or the end of the input. No error of a line or a command ends the chat."""
+        """Talk until /quit or the end of the input. No wrong line or command ends the chat."""
         while True:
             try:
                 line = self.read("> " if self.branch == "main" else f"{self.branch}> ")
-                if line.startswith("/"):
-                    if line.strip() == "/quit":
-                        return
-                    self.obey(line)
-                elif question := self._all_lines(line).strip():
-                    self.answer(question)
+                message = line if line.startswith("/") else self._all_lines(line)
             except EOFError:
                 return
             except KeyboardInterrupt:
                 self.say("\n(/quit or Ctrl-D leaves)")
+                continue
             except UnicodeDecodeError as error:
                 self.say(f"That line is not UTF-8: {error.reason} at byte {error.start}.")
+                continue
+            if line.strip() == "/quit":
+                return
+            try:
+                if line.startswith("/"):
+                    self.obey(line)
+                elif message.strip():
+                    self.answer(message)
+            except KeyboardInterrupt:
+                self.say("\n(stopped before the answer began; the question is forgotten)")
             except (Error, OSError) as error:
                 self.say(str(error))
 
@@ -123,22 +129,22 @@ class Chat:
         start, n_before = time.perf_counter(), session.n_tokens
         shown = self.form.answer_prefix(self.think).lstrip()
         self.write(shown)
-        finish: str | None = "interrupt"
+        finish = "interrupt"
         with contextlib.suppress(KeyboardInterrupt):
             for step in session.steps(self.max_tokens, self.form.stop, **dataclasses.asdict(self.sampling)):
                 text = step.text if shown else step.text.lstrip()  # the space after "Assistant:"
                 shown = shown or text
                 self.write(text)
-                finish = step.finish
+                finish = step.finish or finish
         self.write("\n")
         n_tokens = session.n_tokens - n_before
         speed = n_tokens / (time.perf_counter() - start)
-        self.say(f"({n_tokens} tokens, {speed:.1f}/s{ENDINGS.get(finish or '', '')})")
+        self.say(f"({n_tokens} tokens, {speed:.1f}/s{ENDINGS.get(finish, '')})")
 
     def obey(self, line: str) -> None:
         """One command line, `/name argument`. InputError when there is no such command."""
         name, _, argument = line[1:].strip().partition(" ")
-        commands = {
+        commands: dict[str, Callable[[str], None]] = {
             "fork": self.fork,
             "undo": self.undo,
             "reset": self.reset,
@@ -199,18 +205,22 @@ class Chat:
         self.say("  ".join(f"{key} {settings[key]}" for key in ([name] if name else settings)))
 
     def _change(self, name: str, text: str) -> None:
-        value: object = text  # a word stays text, and each setting says what it wants instead
+        value: Any = text  # a word stays text, and each setting says what it wants instead
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval("None" if text.lower() == "none" else text)
         if name == "think":
             self.form.answer_prefix(cast("Think", text))
             self.think = cast("Think", text)
         elif name == "max_tokens":
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"max_tokens is {text!r}", "a whole number from 1")
-            self.max_tokens = value
+            self.max_tokens = _checked_limit(value)
         else:
             self.sampling = dataclasses.replace(self.sampling, **{name: value})
+
+
+def _checked_limit(value: object) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"max_tokens is {value!r}", "a whole number from 1")
+    return value
 
 
 def chat(
@@ -273,4 +283,4 @@ def chat(
 
 
 def _read(prompt: str) -> str:
-    return input(prompt if sys.stdin.isatty() else "")
+    return input(prompt if sys.stdin.isatty() and sys.stdout.isatty() else "")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from .common import MODEL_SUFFIXES, Dtype, UsageError, find_file, human_bytes, note, torch_dtype
+if TYPE_CHECKING:
+    import torch
+
+from .common import MODEL_SUFFIXES, Dtype, UsageError, find_file, human_bytes, torch_dtype
 
 
 def convert(
@@ -41,20 +44,24 @@ def convert(
     path = find_file(source, "a checkpoint, .pth or .safetensors")
     if not target.endswith(MODEL_SUFFIXES):
         raise UsageError(f"{target} has no known suffix", ".pth or .safetensors", f"{target}.safetensors")
-    import torch
+    from torch import promote_types
 
     from ..checkpoints import open_checkpoint
     from ..loading import load, save
 
     with open_checkpoint(path) as checkpoint:
         stored = set(checkpoint.dtypes.values())
-        form = checkpoint.format
     # A mixed file becomes its widest dtype throughout: that one holds the numbers of all the others.
-    exact = functools.reduce(torch.promote_types, stored)
+    exact = functools.reduce(promote_types, stored)
     wanted = torch_dtype(dtype) or exact
-    note(f"reading {path}: .{form}, {', '.join(sorted(str(kind)[6:] for kind in stored))}")
     model, _ = load(path, dtype=wanted)
     save(model, target)
     parameters = sum(weight.numel() for weight in model.parameters())
-    size = human_bytes(Path(target).stat().st_size)
-    print(f"{target}: RWKV-{model.config.generation}, {parameters:,} parameters in {str(wanted)[6:]}, {size}")
+    print(
+        f"{target}: RWKV-{model.config.generation}, {parameters:,} parameters in {_names({wanted})} "
+        f"(in {path}: {_names(stored)}), {human_bytes(Path(target).stat().st_size)}"
+    )
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -102,7 +102,7 @@ def generate(
         "generated_tokens_per_second": len(steps) / (end - fed),
     }
     if as_json:
-        result = {
+        result: dict[str, Any] = {
             "model": str(path),
             "text": text,
             "tokens": [step.token for step in steps],
@@ -143,5 +143,5 @@ def _read_stdin() -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise InputError(
-            f"stdin is not UTF-8: {error.reason} at byte {error.start}", "text in UTF-8"
+            f"byte {error.start} of stdin is not UTF-8: {error.reason}", "text in UTF-8"
         ) from None

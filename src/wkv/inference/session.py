@@ -61,7 +61,7 @@ class _Position(NamedTuple):
     state: State
     logits: Tensor | None  # (V,) for the next token; None before anything was read
     n_tokens: int
-    digest: bytes  # of the ids read: d = SHA-256(d before | id as 4 bytes, little-endian), from 32 zero bytes
+    digest: bytes  # of the ids read: SHA-256(digest before | id as 4 bytes, little-endian) for each
 
 
 class Session:
@@ -80,7 +80,7 @@ class Session:
         else:
             model.check_state(state, 1)
         self.model, self.tokenizer = model, tokenizer
-        self._now = _Position(state, None, 0, bytes(32))
+        self._now = _Position(state, None, 0, hashlib.sha256().digest())
 
     @property
     def state(self) -> State:
@@ -301,7 +301,7 @@ class _Tail:
         if self._decoder is not None:
             self._text += self._decoder.push(token)
             self._utf8.decode(piece)
-        places = [(self._text.find(stop, self._sent), stop) for stop in self._stops]
+        places = [(self._text.find(stop), stop) for stop in self._stops]
         complete = [(place + len(stop), place) for place, stop in places if place >= 0]
         return min(complete)[1] if complete else None
 

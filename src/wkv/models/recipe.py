@@ -100,5 +100,5 @@ def per_channel(values: Callable[[Tensor], Tensor]) -> Init:
 
 
 def depth(layer: int, n_layer: int) -> tuple[float, float]:
-    """(0 at the first layer to 1 at the last, 1 at the first to almost 0 at the last); (0, 1) for one layer."""
+    """How far up a layer is, from 0 to 1, and how much is left, from 1 to almost 0; one layer: 0 and 1."""
     return layer / max(n_layer - 1, 1), 1 - layer / n_layer

@@ -58,7 +58,7 @@ def split_chunks(x: Tensor, chunk: int) -> Tensor:
     """
     B, T, H, N = x.shape
     n = (T + chunk - 1) // chunk
-    if T < n * chunk:
+    if n * chunk > T:
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, n * chunk - T))
     return x.view(B, n, chunk, H, N).permute(1, 0, 3, 2, 4).reshape(n, B * H, chunk, N)
 

@@ -5,9 +5,8 @@
     stream = tokenizer.stream_decoder()   # never half a character
     text = "".join(map(stream.push, ids)) + stream.finish()
 
-No tokenizer adds marks of its own. In World and bytes all text is plain; a tokenizer.json may name special
-tokens, whose spelling in a text becomes their id. Join pieces of text before encoding them: in general
-encode(a + b) is not encode(a) + encode(b).
+All text is plain text: no tokenizer adds marks to it or reads "<|endoftext|>" as one; marks are given by
+id. Join pieces of text before encoding them: in general encode(a + b) is not encode(a) + encode(b).
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ class HuggingFaceTokenizer(PieceTokenizer):
         # Both belong to batches of other models: a file may say that texts end after 512 tokens.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        # Nobody's text can spell a mark: "<|endoftext|>" in a text stays text, as it does in World.
+        tokenizer.encode_special_tokens = True
         ids = tokenizer.get_vocab(with_added_tokens=True)
         if not ids:
             raise TokenizerError(f"{name!r} has no tokens", "a trained tokenizer")
@@ -48,13 +50,15 @@ class HuggingFaceTokenizer(PieceTokenizer):
 
     def _piece(self, token: int, previous: int | None) -> bytes:
         spelling = self._spelling(token)
+        if not spelling:
+            return b""
         if self._byte_level:
             return self._added[token] if token in self._added else _spelt_bytes(spelling)
         if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(spelling)):
             return bytes.fromhex(byte[1])
         if previous is None:
             return self._join([spelling]).encode()
-        # Whether a space belongs between two tokens depends on both, and on not being the first.
+        # A space before a token may depend on the token before it, and on that not being the first.
         before = ["x", self._spelling(previous)]
         return self._join([*before, spelling])[len(self._join(before)) :].encode()
 

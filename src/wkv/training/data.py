@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import random
 import sysconfig
+from bisect import bisect
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,3 +76,26 @@ def split(
     train = [document for i, document in enumerate(documents) if i not in chosen]
     held_out = [document for i, document in enumerate(documents) if i in chosen]
     return train, held_out
+
+
+def windows(documents: Sequence[Document], *, batch_size: int, length: int, seed: int) -> Iterator[Tensor]:
+    """Random windows without end: int64 (batch_size, length + 1), each row from within one document.
+
+    Every place in the text is equally likely, so long files are read as often as their size deserves.
+    The extra byte is the last target: inputs are `[:, :-1]`, targets `[:, 1:]`. InputError when no
+    document is long enough.
+    """
+    texts = [document.text for document in documents if len(document.text) > length]
+    if not texts:
+        raise InputError(f"no document has more than {length} bytes", "longer documents or shorter windows")
+    places = list(accumulate(len(text) - length for text in texts))
+    generator = random.Random(seed)
+    while True:
+        rows = []
+        for _ in range(batch_size):
+            place = generator.randrange(places[-1])
+            number = bisect(places, place)
+            text = texts[number]
+            start = len(text) - length - (places[number] - place)
+            rows.append(text[start : start + length + 1])
+        yield torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(batch_size, -1).long()

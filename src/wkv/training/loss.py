@@ -28,7 +28,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, l2wrap: float = 1e-4) -> T
     return loss + (pull - pull.detach())
 
 
-def bits_per_byte(model: RWKV, texts: Iterable[bytes], *, batch_size: int = 16, chunk_tokens: int = 512) -> float:
+def bits_per_byte(
+    model: RWKV, texts: Iterable[bytes], *, batch_size: int = 16, chunk_tokens: int = 512
+) -> float:
     """Bits that `model`, whose tokens are bytes, needs per byte of `texts`, each read from a fresh state.
 
     Every byte is paid for: the first of a text, which nothing precedes, costs log2(vocabulary). Texts

@@ -62,7 +62,7 @@ def _rules(
             raise Error(
                 f"parameter {prefix + name} has no recipe, so it would be trained by guess",
                 "a learning-rate multiple and a weight-decay choice beside each parameter",
-                "wkv.models.recipe.parameter(...) where it is declared, or an entry in its module's `recipes`",
+                "wkv.models.recipe.parameter(...), or an entry in its module's `recipes`",
             )
         else:
             yield prefix + name, parameter, 1.0, parameter.ndim >= 2

@@ -2,7 +2,8 @@
 
 Within a chunk, with l = log w (elementwise, per key channel) and a memory M = S^T (K, V) at its start:
 
-    Y_t = sum_{i<t} (r_t . k_i e^{l_{i+1} + ... + l_{t-1}}) v_i  +  (r_t . u k_t) v_t  +  M^T (r_t e^{l_1 + ... + l_{t-1}})
+    Y_t = sum_{i<t} (r_t . k_i e^{l_{i+1} + ... + l_{t-1}}) v_i  +  (r_t . u k_t) v_t
+          + M^T (r_t e^{l_1 + ... + l_{t-1}})
     M'  = e^{l_1 + ... + l_c} M + sum_i (k_i e^{l_{i+1} + ... + l_c}) v_i^T
 
 The decay of RWKV-6 has no floor, so e^{l_{i+1} + ... + l_{t-1}} must not be split into e^{+..} e^{-..}: the

@@ -1,4 +1,7 @@
-"""The definition of the RWKV-5 and RWKV-6 operator: a loop over tokens, tested against by every other form."""
+"""The definition of the RWKV-5 and RWKV-6 operator: a loop over tokens.
+
+Every other form is tested against it.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,364 @@
+"""`wkv demo`: train a small model on text that every machine has, measure it, and let it write."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import shlex
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..config import Config, RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
+from ..errors import MissingExtraError
+from .common import DEMO_MODEL, UsageError, human_bytes, note, write_out
+
+if TYPE_CHECKING:
+    from ..evaluation import Compression
+    from ..models import RWKV
+    from ..tokenizers import Tokenizer
+    from ..training import Document, Progress
+
+Arch = Literal["rwkv4", "rwkv5", "rwkv6", "rwkv7"]
+
+BATCH_SIZE, LENGTH = 8, 128
+WEIGHT_DECAY = 0.1
+POSITIONS = (100, 10_000)  # where a recurrent step is timed
+COMPARED_TOKENS = 1024  # read in both forms
+PROMPT, TEMPERATURE = "def ", 0.7
+
+
+def demo(*, arch: Arch = "rwkv7", minutes: float = 3.0, out: Path = DEMO_MODEL.parent, seed: int = 0) -> None:
+    """Train a small model from scratch, then let it write.
+
+    It learns from the source code of Python's own library on this machine: nothing is downloaded.
+    Ctrl-C ends the training early and keeps what was learnt.
+
+    Examples:
+
+        wkv demo
+        wkv demo --arch rwkv4 --minutes 1
+        wkv demo --minutes 30 --out runs/long --seed 7
+
+    Parameters
+    ----------
+    arch
+        the generation of the model
+    minutes
+        how long to train; measuring afterwards takes about one more
+    out
+        the folder for model.safetensors, loss.png and report.md
+    seed
+        chooses the first weights, the files held out, and the order of reading
+    """
+    if not 0 < minutes < math.inf:
+        raise UsageError(f"--minutes is {minutes:g}", "more than 0", "3")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed is {seed}", "0 to 2^63 - 1")
+    out.mkdir(parents=True, exist_ok=True)
+
+    from .. import loading
+    from ..checkpoints import atomic_write
+    from ..evaluation import gzip_bits_per_byte
+    from ..models import build
+    from ..training import adamw, split, standard_library, train, windows
+
+    settings = _settings(arch)
+    read, held_out = split(standard_library(), seed=seed)
+    gzip = gzip_bits_per_byte(_joined(held_out))
+    model = build(settings.config, seed=seed)
+    _announce(model, minutes, read, held_out, gzip)
+
+    optimizer = adamw(model, lr=settings.lr, weight_decay=WEIGHT_DECAY, eps=settings.adam_eps)
+    batches = windows(read, batch_size=BATCH_SIZE, length=LENGTH, seed=seed)
+    steps = train(model, batches, optimizer, minutes=minutes)
+    history = _follow(steps, gzip, sample=lambda: _sample(model, seed))
+    path = out / DEMO_MODEL.name
+    loading.save(model, path)
+    note(f"saved {path}; now measuring that file, loaded again (about a minute)")
+
+    loaded, tokenizer = loading.load(path, tokenizer="bytes")
+    assert tokenizer is not None
+    measured = _measure(loaded, read, held_out)
+    picture = _draw(history, measured, out / "loss.png")
+    write_out(f"\n{PROMPT}")
+    completion = PROMPT
+    for piece in _write(loaded, tokenizer, seed):
+        completion += piece
+        write_out(piece)
+    command = f"wkv demo --arch {arch} --minutes {minutes:g} --out {shlex.quote(str(out))} --seed {seed}"
+    report = _report(command, settings, history, held_out, measured, picture, completion)
+    with atomic_write(out / "report.md") as file:
+        file.write(report.encode())
+    write_out(f"\n\n{_card(out, history, measured)}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A model of about a million parameters, and what trains it well within minutes."""
+
+    config: Config
+    lr: float  # several times that of a published size: small models bear it, and time is short
+    adam_eps: float = 1e-18
+
+
+def _settings(arch: Arch) -> Settings:
+    width = 128
+    sizes: dict[str, Any] = {"vocab_size": 256, "n_layer": 4, "n_embd": width, "dim_att": width}
+    match arch:
+        case "rwkv4":
+            return Settings(RWKV4Config(**sizes, dim_ffn=4 * width), lr=4e-3, adam_eps=1e-8)
+        case "rwkv5":
+            return Settings(RWKV5Config(**sizes, dim_ffn=7 * width // 2, head_size=32), lr=4e-3)
+        case "rwkv6":
+            sizes |= {"mix_rank": 16, "decay_rank": 16}
+            return Settings(RWKV6Config(**sizes, dim_ffn=7 * width // 2, head_size=32), lr=4e-3)
+        case "rwkv7":
+            sizes |= {"decay_rank": 32, "rate_rank": 32, "value_rank": 32, "gate_rank": 32}
+            return Settings(RWKV7Config(**sizes, dim_ffn=4 * width, head_size=32), lr=4e-3)
+
+
+def _announce(
+    model: RWKV, minutes: float, read: list[Document], held_out: list[Document], gzip: float
+) -> None:
+    import torch
+
+    seen, unseen = human_bytes(len(_joined(read))), human_bytes(len(_joined(held_out)))
+    note(f"RWKV-{model.config.generation} from scratch: {_parameters(model):,} parameters, one byte a token")
+    note(f"learns from {seen} of Python's own library, {len(read)} files")
+    note(f"is judged on {unseen} that it never sees, {len(held_out)} files; gzip -9: {gzip:.2f} bits/byte")
+    note(f"{minutes:g} minutes on {torch.get_num_threads()} threads, in about 1 GB of memory")
+    note("Ctrl-C ends the training early and keeps what was learnt\n")
+
+
+def _follow(steps: Iterator[Progress], gzip: float, sample: Callable[[], str]) -> list[Progress]:
+    """Show the training as it goes and return its course; Ctrl-C ends it early."""
+    history: list[Progress] = []
+    quarter = 0
+    with _display() as (show, say), contextlib.suppress(KeyboardInterrupt):
+        for now in steps:
+            history.append(now)
+            show(now.done, _progress_line(history, gzip))
+            if quarter < int(4 * now.done) < 4:
+                quarter = int(4 * now.done)
+                say(f"after {now.seconds:.0f} s it writes {sample()}")
+    if not history:
+        raise KeyboardInterrupt  # before anything was learnt: nothing to keep
+    return history
+
+
+def _progress_line(history: list[Progress], gzip: float) -> str:
+    now = history[-1]
+    loss = statistics.fmean(progress.loss for progress in history[-50:])
+    minutes, seconds = divmod(round(now.seconds / now.done - now.seconds), 60)
+    return (
+        f"loss {loss:.3f}   {loss / math.log(2):.2f} bits/byte (gzip {gzip:.2f})   "
+        f"{now.tokens / now.seconds:,.0f} tokens/s   {minutes}:{seconds:02} left"
+    )
+
+
+@contextlib.contextmanager
+def _display() -> Iterator[tuple[Callable[[float, str], None], Callable[[str], None]]]:
+    """Two functions: show(done, line) keeps one line up to date, say(line) prints one that stays.
+
+    Where stderr is not a terminal, `show` prints its line twenty times in all.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    if console.is_terminal:
+        with Progress(BarColumn(20), TextColumn("{task.description}", markup=False), console=console) as bar:
+            task = bar.add_task("", total=1.0)
+            yield lambda done, line: bar.update(task, completed=done, description=line), say
+    else:
+        shown = 0
+
+        def show(done: float, line: str) -> None:
+            nonlocal shown
+            if int(20 * done) > shown:
+                shown = int(20 * done)
+                say(line)
+
+        yield show, say
+
+
+def _sample(model: RWKV, seed: int) -> str:
+    """A line on the way: what the model has learnt so far."""
+    from ..tokenizers import bytes_
+
+    return repr(PROMPT + "".join(_write(model, bytes_(), seed, max_tokens=60)))
+
+
+def _write(model: RWKV, tokenizer: Tokenizer, seed: int, max_tokens: int = 400) -> Iterator[str]:
+    """What the model makes of the prompt, token by token in the recurrent form."""
+    from ..inference import Session
+
+    session = Session(model, tokenizer)
+    session.feed(PROMPT)
+    # No penalties: they are made for words, and would soon forbid the letters of a byte-level model.
+    return session.stream(
+        max_tokens, temperature=TEMPERATURE, top_p=0.9, presence_penalty=0, frequency_penalty=0, seed=seed
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of the report, all of the saved file, on text that it was not trained on."""
+
+    n_parameters: int
+    bits_per_byte: float
+    compression: Compression
+    difference: float  # largest |parallel - recurrent| of any logit
+    deviation: float  # standard deviation of the same logits, to compare it with
+    state_bytes: int
+    seconds_per_token: list[float]  # at POSITIONS
+
+
+def _measure(model: RWKV, read: list[Document], held_out: list[Document]) -> Measured:
+    import torch
+
+    from ..evaluation import compression, parallel_recurrent_difference, seconds_per_token
+    from ..training import bits_per_byte
+
+    unseen = _joined(held_out)
+    enough = unseen * (POSITIONS[-1] // len(unseen) + 1)
+    tokens = torch.frombuffer(bytearray(enough), dtype=torch.uint8)[None].long()
+    compared = tokens[:, :COMPARED_TOKENS]
+    with torch.no_grad():
+        deviation = model(compared)[0].std().item()
+    return Measured(
+        _parameters(model),
+        bits_per_byte(model, [document.text for document in held_out]),
+        compression(unseen, primer=_joined(read)),
+        parallel_recurrent_difference(model, compared),
+        deviation,
+        model.initial_state().nbytes,
+        seconds_per_token(model, tokens, POSITIONS),
+    )
+
+
+def _draw(history: list[Progress], measured: Measured, path: Path) -> str:
+    """Draw the loss curve, and return what the report shows in its place."""
+    from ..checkpoints import atomic_write
+    from ..plots import loss_curve
+
+    path.unlink(missing_ok=True)  # a picture of an earlier run would not belong to this report
+    compression = measured.compression
+    try:
+        png = loss_curve(
+            [progress.tokens for progress in history],
+            [progress.loss / math.log(2) for progress in history],
+            title="Bits per byte while learning Python",
+            levels={"gzip -9": compression.gzip, "xz -9": compression.xz, "primed": compression.xz_primed},
+            end=("held-out files", measured.bits_per_byte),
+        )
+    except MissingExtraError as error:
+        return f"No loss curve: {error}"
+    with atomic_write(path) as file:
+        file.write(png)
+    return f"![bits per byte during the training]({path.name})"
+
+
+def _report(
+    command: str,
+    settings: Settings,
+    history: list[Progress],
+    held_out: list[Document],
+    measured: Measured,
+    picture: str,
+    completion: str,
+) -> str:
+    import torch
+
+    end, compression = history[-1], measured.compression
+    sizes = ", ".join(f"{name} {value}" for name, value in settings.config.to_dict().items())
+    threads = torch.get_num_threads()
+    times = [f"{1e3 * seconds:.2f} ms" for seconds in measured.seconds_per_token]
+    code = "\n".join(f"    {line}" for line in completion.split("\n"))
+    return f"""# RWKV-{settings.config.generation}, trained from scratch by `wkv demo`
+
+    {command}
+
+{picture}
+
+## Bits per byte on files that it never saw
+
+| | |
+|---|---:|
+| **this model** | **{measured.bits_per_byte:.3f}** |
+| `gzip -9` | {compression.gzip:.3f} |
+| `xz -9` | {compression.xz:.3f} |
+| `xz -9`, primed with the training text | {compression.xz_primed:.3f} |
+
+{len(_joined(held_out)):,} bytes in {len(held_out)} files of Python's library, chosen by the seed and kept out
+of the training. The model begins each file with a fresh state; the compressors read the same files joined in
+path order. Primed: the size of xz(training text + these files) less that of xz(training text).
+
+Held out: {", ".join(document.path for document in held_out)}.
+
+## One function, two forms
+
+| | |
+|---|---:|
+| largest difference between parallel and recurrent logits | {measured.difference:.1e} |
+| standard deviation of these logits | {measured.deviation:.2f} |
+| held-out bytes read in both forms | {COMPARED_TOKENS:,} |
+| state, whatever the length of the text | {measured.state_bytes:,} bytes |
+| time per token at position {POSITIONS[0]:,} | {times[0]} |
+| time per token at position {POSITIONS[1]:,} | {times[1]} |
+
+## Training
+
+| | |
+|---|---|
+| parameters | {measured.n_parameters:,} |
+| config | {sizes} |
+| tokens seen | {end.tokens:,}, in {end.step:,} steps of {BATCH_SIZE} x {LENGTH} |
+| training time | {end.seconds:.1f} s{"" if end.done >= 1 else ", ended early with Ctrl-C"} |
+| speed | {end.tokens / end.seconds:,.0f} tokens/s |
+| optimizer | AdamW, learning rate {settings.lr:g} (cosine), weight decay {WEIGHT_DECAY:g} |
+| versions | wkv {version("wkv")}, torch {torch.__version__}, Python {platform.python_version()} |
+| machine | {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads} threads |
+
+## What it writes
+
+From `{PROMPT}`, in the recurrent form, at temperature {TEMPERATURE}:
+
+{code}
+"""
+
+
+def _card(out: Path, history: list[Progress], measured: Measured) -> str:
+    """The last words on the screen: the figures, and what to type next."""
+    end, gzip = history[-1], measured.compression.gzip
+    verdict = "better than" if measured.bits_per_byte < gzip else "not yet as good as"
+    model = out / DEMO_MODEL.name
+    named = "" if model == DEMO_MODEL else f"{shlex.quote(str(model))} "
+    return f"""\
+  bits per byte   {measured.bits_per_byte:.3f} on files it never saw, {verdict} gzip -9 ({gzip:.3f})
+  learnt from     {end.tokens:,} bytes in {end.seconds:.0f} s, {end.tokens / end.seconds:,.0f} a second
+  state           {measured.state_bytes:,} bytes, after 100 bytes and after 10,000
+  all figures     {out / "report.md"}
+
+  next:  wkv generate {named}"import "
+         wkv info {shlex.quote(str(model))}
+         wkv demo --arch rwkv4 --out runs/rwkv4
+"""
+
+
+def _parameters(model: RWKV) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def _joined(documents: list[Document]) -> bytes:
+    return b"".join(document.text for document in documents)
