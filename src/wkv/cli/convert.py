@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from .common import MODEL_SUFFIXES, Dtype, UsageError, find_file, human_bytes, torch_dtype
+
 if TYPE_CHECKING:
     import torch
-
-from .common import MODEL_SUFFIXES, Dtype, UsageError, find_file, human_bytes, torch_dtype
 
 
 def convert(
@@ -23,8 +23,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint between .pth and .safetensors, or to another dtype.
 
-    Without --dtype every number stays exactly as it is. SOURCE is only read. TARGET is replaced when the
-    new file is complete, and not before.
+    Without --dtype every number stays exactly as it is. An older TARGET is replaced only when the new file
+    is complete.
 
     Examples:
 
