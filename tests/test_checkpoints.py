@@ -290,6 +290,18 @@ class TestFormats:
         assert metadata.items() <= found.items()
         assert same(safetensors.torch.load_file(tmp_path / "all.st"), tensors)
 
+    def test_our_safetensors_begin_every_tensor_at_a_multiple_of_its_item_size(self, tmp_path):
+        tensors = {
+            "a": torch.ones(3, dtype=torch.uint8),
+            "b": torch.ones(3).half(),
+            "c": torch.ones(3).double(),
+        }
+        write_safetensors(tmp_path / "x.st", tensors, {})
+        data = (tmp_path / "x.st").read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        assert all((8 + length + header[n]["data_offsets"][0]) % t.itemsize == 0 for n, t in tensors.items())
+
     def test_our_safetensors_hold_the_digest_of_each_tensors_bytes(self, tmp_path):
         tensors = {"a": torch.arange(5.0), "b": torch.arange(7, dtype=torch.bfloat16)}
         write_safetensors(tmp_path / "x.st", tensors, {})

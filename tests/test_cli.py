@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import wkv
-from wkv.checkpoints import open_checkpoint, write_pth
+from wkv.checkpoints import open_checkpoint, write_pth, write_safetensors
 from wkv.cli import COMMANDS, _app, main
 from wkv.cli import bench as bench_module
 from wkv.cli.chat import KEPT, Chat
@@ -92,6 +92,22 @@ def test_wkv_alone_shows_a_short_menu_that_begins_with_the_demo(wkv_command, tmp
 def test_the_menu_offers_the_model_that_the_demo_made(wkv_command, folder):
     make_demo_model(folder)
     assert "wkv generate" in wkv_command().out.splitlines()[2]
+
+
+def test_the_list_of_commands_says_what_each_is_for(wkv_command):
+    lines = wkv_command("--help").out.splitlines()
+    for command in COMMANDS:
+        summary = wkv_command(command, "--help").out.split("\n\n")[1].splitlines()[0]
+        assert any(re.match(rf"│ {command} +{re.escape(summary)}", line) for line in lines)
+
+
+def test_a_command_imports_no_other_command():
+    code = (
+        "import sys; from wkv.cli import main; main(['info', '--help']); "
+        "print([name for name in sys.modules if name.startswith('wkv.cli.')], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr == "['wkv.cli.common', 'wkv.cli.info']\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -230,6 +246,7 @@ def test_a_fault_of_wkv_itself_is_one_line_too(wkv_command, folder, monkeypatch)
     assert result.status == 1
     assert is_one_line(result.err)
     assert "RuntimeError: two lines" in result.err
+    assert "\x1b" not in result.err
     assert "--debug" in result.err
 
 
@@ -263,7 +280,8 @@ def interrupt(*_, **__):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    process = subprocess.Popen(RUN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(RUN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 0
@@ -443,6 +461,15 @@ def test_info_says_that_a_state_file_is_one(wkv_command, folder, tiny):
     assert tiny.fingerprint() in text
 
 
+def test_info_trusts_no_word_of_a_state_file(wkv_command, folder):
+    metadata = {"format": "wkv-state", "tokenizer": "\x1b[31mworld", "n_tokens": "9" * 5000}
+    write_safetensors("odd.state", {"blocks.0.memory": torch.zeros(1)}, metadata)
+    result = wkv_command("info", "odd.state")
+    assert result.status == 0
+    assert "\x1b" not in result.out
+    assert json.loads(wkv_command("info", "odd.state", "--json").out)["tokens_read"] is None
+
+
 @pytest.mark.parametrize(
     ("n", "text"),
     [
@@ -456,6 +483,12 @@ def test_info_says_that_a_state_file_is_one(wkv_command, folder, tiny):
 )
 def test_bytes_are_told_with_three_digits(n, text):
     assert human_bytes(n) == text
+
+
+def test_a_file_name_that_is_not_utf_8_can_be_shown(wkv_command, folder):
+    result = wkv_command("convert", "model.safetensors", os.fsdecode(b"\xff.pth"))
+    assert result.status == 0
+    assert result.out.startswith("\N{REPLACEMENT CHARACTER}.pth: RWKV-7")
 
 
 # convert
@@ -651,6 +684,10 @@ def test_a_block_between_triple_quotes_is_one_message_even_with_commands_inside(
     assert texts == ["User: def f():\n    /undo\n\nAssistant:"]
 
 
+def test_a_command_is_one_line_whatever_it_ends_in():
+    assert talk("/fork a\\", "hi").answers == "Hello you.\n"
+
+
 def test_empty_lines_are_not_messages(monkeypatch):
     texts = heard(monkeypatch)
     talk("", "   ", '"""', '"""')
@@ -714,6 +751,8 @@ def test_a_saved_conversation_goes_on_as_if_it_had_never_stopped(tmp_path, tiny)
         ("/set top_k 1.5", "a whole number"),
         ("/set seed [1]", "seed is [1]"),
         ("/set max_tokens none", "a whole number from 1"),
+        ("/set max_tokens True", "a whole number from 1"),
+        ("/set seed " + "(" * 300, "seed is '((("),
         ("/set max_tokens 0", "a whole number from 1"),
         ("/set think harder", "think is 'harder'"),
     ],
@@ -759,7 +798,7 @@ def test_ctrl_c_while_the_question_is_read_drops_the_question(monkeypatch):
     monkeypatch.setattr(Session, "feed", interrupt)
     result = talk("hi", "/quit")
     assert result.answers == ""
-    assert "forgotten" in result.remarks[0]
+    assert "as it was" in result.remarks[0]
     assert len(result.chat.positions) == 1
 
 
@@ -772,6 +811,14 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_says_how_to_leave():
 def test_an_input_that_cannot_be_read_ends_the_chat():
     with pytest.raises(OSError, match="stdin is gone"):
         talk(OSError("stdin is gone"))
+
+
+def test_an_output_that_is_gone_ends_the_chat():
+    def write(_):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        talk("hi", "hi", write=write)
 
 
 def test_a_line_that_is_not_utf_8_is_answered():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -172,12 +173,34 @@ def test_whatever_a_pickle_asks_for_is_named(pickled, name, tmp_path):
         read_state_dict(pickled)
 
 
-def test_a_pickle_that_would_keep_torch_busy_for_ever_is_refused_at_once(tmp_path):
-    """Sixty nested pairs of one pair: its hash, as the key of a dict, takes 2^60 steps."""
-    bomb = b"\x80\x02})" + b"q\0h\0\x86" * 60 + b"K\x01s."
+PAIRS = b")" + b"q\0h\0\x86" * 60  # a pair of one pair of one pair ...: its hash and its text take 2^60 steps
+
+
+@pytest.mark.parametrize(
+    ("pickled", "match"),
+    [
+        (b"}" + PAIRS + b"K\x01s.", "key of its dict is a tuple"),
+        (b"}(" + PAIRS + b"K\x01u.", "key of its dict is a tuple"),
+        (b"ccollections\nOrderedDict\n)R}" + PAIRS + b"K\x01sb.", "key of its dict is a tuple"),
+        (b"}X\1\0\0\0x" + PAIRS + b"s.", "'x' is a tuple"),
+        (PAIRS + b".", "it holds a tuple"),
+        (PAIRS + b"h\0\x93.", "'a tuple.a tuple'"),
+        (PAIRS + b"h\0R.", "torch.save does not write"),
+        (PAIRS + b"Q.", "torch.save does not write"),
+        (PAIRS + b"h\0a.", "an entry for a tuple"),
+    ],
+    ids=short,
+)
+def test_a_pickle_that_would_keep_python_busy_for_ever_is_refused_at_once(pickled, match, tmp_path):
     started = time.process_time()
-    refused(archive_with(tmp_path / "x.pth", bomb), "key of its dict is a tuple")
+    refused(archive_with(tmp_path / "x.pth", b"\x80\x02" + pickled), match)
     assert time.process_time() - started < 1
+
+
+def test_a_file_that_torch_reads_differently_is_refused(tmp_path, monkeypatch):
+    torch.save(random_official("4"), tmp_path / "x.pth")
+    monkeypatch.setattr(torch, "load", lambda *_, **options: random_official("4", n_embd=64))
+    refused(tmp_path / "x.pth", "other tensors than it announces", UnsafeFileError)
 
 
 @pytest.mark.parametrize(
@@ -439,14 +462,14 @@ def flips(data, step=1):
 
 def test_every_flipped_bit_in_a_state_file_is_noticed(tmp_path):
     path = tmp_path / "x.state"
-    write_safetensors(path, {"a": torch.tensor([1.5, -2.0]), "b": torch.ones(1)}, {"format": "wkv-state"})
+    write_safetensors(path, {"a": torch.tensor([1.5, -2.0])}, {"format": "wkv-state"})
     for bit, data in flips(path.read_bytes()):
         with pytest.raises(Error):
             read_safetensors(written(path, data))
             pytest.fail(f"bit {bit} was not noticed")
 
 
-@pytest.mark.parametrize("step", [101, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("step", [101, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_flipped_bit_in_a_model_of_ours_is_noticed(tmp_path, step):
     path = tmp_path / "model.safetensors"
     torch.save(random_official("4", **TINY), tmp_path / "1.pth")
@@ -457,25 +480,21 @@ def test_every_flipped_bit_in_a_model_of_ours_is_noticed(tmp_path, step):
             pytest.fail(f"bit {bit} was not noticed")
 
 
-@pytest.mark.parametrize("step", [101, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("step", [211, pytest.param(13, marks=pytest.mark.slow)])
 def test_every_flipped_bit_in_a_pth_of_ours_is_noticed_or_harmless(tmp_path, step):
+    """The steps are odd, so that they meet every bit of a byte. Padding between records may change."""
     path, tensors = tmp_path / "model.pth", random_official("4", **TINY)
     write_pth(path, tensors)
-    data = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        blocks = [data.index(archive.read(name)) * 8 for name in archive.namelist() if "/data/" in name]
-    noticed = set()
-    for bit, flipped in flips(data, step):
+    noticed = 0
+    for bit, data in flips(path.read_bytes(), step):
         try:
-            read = open_and_read(written(path, flipped))
+            read = open_and_read(written(path, data))
         except Error:
-            noticed.add(bit)
+            noticed += 1
         else:
             assert set(read) == set(tensors)
             assert all(torch.equal(read[name], tensors[name]) for name in tensors), f"bit {bit}"
-    if step == 1:
-        assert noticed.issuperset(bit for block in blocks for bit in range(block, block + 64))
-    assert len(noticed) > len(data) * 8 / step / 10
+    assert noticed > len(data) * 8 / step / 10
 
 
 def test_every_flipped_bit_in_a_tensor_is_noticed(tmp_path):
@@ -515,38 +534,25 @@ def only_typed_errors(function, *arguments):
     assert time.process_time() - started < 1
 
 
-def model_files():
-    """Small valid files of both formats."""
+@functools.cache
+def small_files():
+    """Valid files of both formats, the seventh generation in as few bytes as possible."""
+    tensors = random_official("7", n_layer=1, n_embd=8, dim_ffn=4, vocab_size=3)
     buffer = io.BytesIO()
-    tensors = random_official("7", n_layer=1, n_embd=8, dim_ffn=4, vocab_size=3, mix_rank=1, gate_rank=2)
     torch.save(tensors, buffer)
-    header = _header_of(tensors)
-    return [buffer.getvalue(), header]
+    return buffer.getvalue(), safetensors.torch.save(tensors, {"format": "pt"})
 
 
-def _header_of(tensors):
-    return safetensors.torch.save(tensors, {"format": "pt"})
+# A few bytes changed, cut out or inserted: (where, from the end if negative; how many; what instead).
+edits = st.lists(
+    st.tuples(st.integers(-2000, 4000), st.integers(0, 40), st.binary(max_size=40)), min_size=1, max_size=5
+)
 
 
-FILES = []  # filled on first use: importing a test module does no work
-
-
-def valid_file(draw):
-    if not FILES:
-        FILES.extend(model_files())
-    return draw(st.sampled_from(FILES))
-
-
-@st.composite
-def damaged_files(draw):
-    """A valid file with a few bytes changed, cut out, doubled or inserted, mostly in its tables."""
-    data = bytearray(valid_file(draw))
-    for _ in range(draw(st.integers(1, 6))):
-        where = draw(
-            st.integers(0, len(data)) | st.integers(0, 300) | st.integers(max(0, len(data) - 300), len(data))
-        )
-        length = draw(st.integers(0, 40))
-        new = draw(st.binary(max_size=40) | st.just(bytes(data[where : where + length] * 2)))
+def damaged(data, edits):
+    data = bytearray(data)
+    for where, length, new in edits:
+        where %= len(data) + 1
         data[where : where + length] = new
     return bytes(data)
 
@@ -582,9 +588,10 @@ def test_random_bytes_are_a_typed_error(tmp_path, data):
 
 
 @quick_and_slow
-@given(damaged_files())
-def test_damaged_files_are_typed_errors(tmp_path, data):
-    only_typed_errors(open_and_read, written(tmp_path / "x", data))
+@given(edits)
+def test_damaged_files_are_typed_errors(tmp_path, edits):
+    for data in small_files():
+        only_typed_errors(open_and_read, written(tmp_path / "x", damaged(data, edits)))
 
 
 @quick_and_slow
@@ -614,7 +621,7 @@ def test_random_programs_are_typed_errors(tmp_path, program):
 
 
 def test_the_files_that_are_fuzzed_are_valid_before(tmp_path):
-    for data in model_files():
+    for data in small_files():
         open_and_read(written(tmp_path / "x", data))
 
 

@@ -51,11 +51,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path, the cause, the free space and what to try.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise CheckpointError(f"{target} is not a regular file", "a file name to save to")
     temporary = target.with_name(f".wkv-{secrets.token_hex(8)}.tmp")
     raw = None
     try:
+        if target.exists() and not target.is_file():
+            raise CheckpointError(f"{target} is not a regular file", "a file name to save to")
         raw = _NewFile(temporary)
         with io.BufferedRandom(raw) as file:
             yield file
@@ -68,7 +68,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         cause = (raw and raw.failure) or error
         if isinstance(cause, OSError):
             raise _not_saved(target, cause) from cause
-        raise cause from None
+        if cause is not error:
+            raise cause from None
+        raise
     try:
         _sync_folder(target.parent)
     except OSError as error:

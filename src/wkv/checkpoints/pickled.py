@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pickletools
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -58,13 +58,6 @@ class _Global(NamedTuple):
     name: str
 
 
-@dataclass(eq=False)
-class _Dict:
-    """A dict as pairs: keys of hostile files must not be hashed."""
-
-    items: list[tuple[object, object]] = field(default_factory=list)
-
-
 def read_state_dict(pickle: bytes) -> dict[str, object]:
     """Name -> PickledTensor (or whatever else is stored under it) of the one dict in the pickle.
 
@@ -79,16 +72,9 @@ def read_state_dict(pickle: bytes) -> dict[str, object]:
             "the pickle that torch.save writes",
             "a fresh copy of the file",
         ) from error
-    if not isinstance(result, _Dict):
+    if not isinstance(result, dict):
         raise CheckpointError(f"it holds {describe(result)}", "a dict of tensors", _SAVE_AGAIN)
-    entries: dict[str, object] = {}
-    for key, value in result.items:
-        if not isinstance(key, str):
-            raise CheckpointError(f"a key of its dict is {describe(key)}", "names", _SAVE_AGAIN)
-        if key in entries:
-            raise CheckpointError(f"{shown(key)} is stored twice", "every tensor once")
-        entries[key] = value
-    return entries
+    return result
 
 
 _SAVE_AGAIN = "saving the model's state_dict() alone"
@@ -96,7 +82,7 @@ _SAVE_AGAIN = "saving the model's state_dict() alone"
 
 def describe(value: object) -> str:
     """What a value is, in a word: "a tensor", "a dict", "an int"."""
-    kinds = {PickledTensor: "a tensor", _Dict: "a dict", _Global: "a class", Block: "a storage"}
+    kinds = {PickledTensor: "a tensor", _Global: "a class", Block: "a storage"}
     kind = kinds.get(type(value), type(value).__name__)
     return kind if " " in kind else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
@@ -149,21 +135,21 @@ def _run(pickle: bytes) -> Any:
                 stack.append([])
             case "APPEND":
                 value = stack.pop()
-                stack[-1].append(value)
+                _top(stack, list).append(value)
             case "APPENDS":
                 values = since_mark()
-                stack[-1].extend(values)
+                _top(stack, list).extend(values)
             case "EMPTY_DICT":
-                stack.append(_Dict())
+                stack.append({})
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                _as_dict(stack[-1]).items.append((key, value))
+                _add(_top(stack, dict), [(key, value)])
             case "SETITEMS":
                 flat = since_mark()
-                _as_dict(stack[-1]).items.extend(zip(flat[::2], flat[1::2], strict=True))
+                _add(_top(stack, dict), zip(flat[::2], flat[1::2], strict=True))
             case "BUILD":
                 stack.pop()  # attributes of an OrderedDict: the `_metadata` of a state_dict
-                _as_dict(stack[-1])
+                _top(stack, dict)
             case "BINPERSID":
                 stack.append(_block(stack.pop()))
             case "REDUCE":
@@ -185,7 +171,8 @@ def _wanted(instruction: str, argument: object, stack: list[Any]) -> str:
     if instruction == "INST":
         return f" on {shown(str(argument).replace(' ', '.'))}, and nothing of it was run"
     if instruction == "STACK_GLOBAL":
-        return f" on {shown('.'.join(map(str, stack[-2:])))}, and nothing of it was run"
+        name = ".".join(part if isinstance(part, str) else describe(part) for part in stack[-2:])
+        return f" on {shown(name)}, and nothing of it was run"
     return ""
 
 
@@ -193,15 +180,25 @@ def _unsafe(got: str) -> UnsafeFileError:
     return UnsafeFileError(got, "a dict of tensors, which needs no code", "a .safetensors file of the model")
 
 
-def _as_dict(value: object) -> _Dict:
-    if not isinstance(value, _Dict):
-        raise TypeError("an entry for something that is no dict")
-    return value
+def _top(stack: list[Any], kind: type[Any]) -> Any:
+    if not isinstance(stack[-1], kind):
+        raise TypeError(f"an entry for {describe(stack[-1])}")
+    return stack[-1]
+
+
+def _add(entries: dict[str, object], pairs: Iterable[tuple[Any, object]]) -> None:
+    for key, value in pairs:
+        # Checked before it is hashed, here and so in torch too: no attribute needs another kind of key.
+        if not isinstance(key, str):
+            raise CheckpointError(f"a key of its dict is {describe(key)}", "names", _SAVE_AGAIN)
+        if key in entries:
+            raise CheckpointError(f"{shown(key)} is stored twice", "every tensor once")
+        entries[key] = value
 
 
 def _block(reference: Any) -> Block:
     match reference:
-        case ("storage", _Global(name=name), str(key), _device, int(length)):
+        case ("storage", _Global(name=name), str(key), str(), int(length)):
             return Block(_STORAGES[name], key, length)
     raise TypeError("a storage that torch.save does not write")
 
@@ -209,7 +206,7 @@ def _block(reference: Any) -> Block:
 def _call(function: object, arguments: Any) -> object:
     match function, arguments:
         case _Global(name=name), () if name == _DICT:
-            return _Dict()
+            return {}
         case _Global(name=name), (PickledTensor() as tensor, *_) if name == _PARAMETER:
             return tensor
         case _Global(name=name), (Block() as block, offset, tuple(shape), tuple(strides), *rest):

@@ -44,11 +44,12 @@ class PthCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         archive = _Archive(path)
         tensors = _plain_tensors(archive)
-        super().__init__(path, {n: TensorInfo(t.block.dtype, t.shape) for n, t in tensors.items()}, {})
+        announced = {name: TensorInfo(t.block.dtype, t.shape) for name, t in tensors.items()}
+        super().__init__(path, announced, {})
         self._digests = archive.digests(set(tensors))
         self._checksums = {n: (t.block.key, archive.blocks[t.block.key].CRC) for n, t in tensors.items()}
         self._checked: set[str] = set()
-        self._tensors = _load(path)
+        self._tensors = _load(path, announced)
 
     def _read(self, stored: str, verify: bool) -> Tensor:
         tensor = self._tensors[stored].detach()
@@ -76,7 +77,7 @@ class PthCheckpoint(Checkpoint):
         self._tensors = {}
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path, announced: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
     # A .pth under this name works too, unmapped: torch.load hands the suffix to another library.
     misnamed = path.name.endswith(".safetensors")
     try:
@@ -84,12 +85,15 @@ def _load(path: Path) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = torch.load(
                 file if misnamed else path, map_location="cpu", weights_only=True, mmap=not misnamed
             )
+        loaded = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     except Exception as error:  # torch.load documents no error of its own
         raise CorruptFileError(
             f"torch cannot read it ({type(error).__name__})",
             "a file that torch.save wrote",
             "a fresh copy of the file",
         ) from error
+    if loaded != announced:
+        raise UnsafeFileError("torch reads other tensors than it announces", "a file that nobody changes")
     return tensors
 
 
@@ -106,7 +110,6 @@ class _Archive:
     """The tables of a zip file, checked: records stored as they are, within the file, without overlap."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         try:
             with _BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
                 records = archive.infolist()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from ..errors import Error
-from .common import DEMO_MODEL, UsageError, note
+from .common import DEMO_MODEL, UsageError, note, printable
 
 COMMANDS = {
     "demo": "[OPTIONS]",
@@ -37,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = 0
         if tokens:
-            status = _app()(tokens, result_action="return_value", print_error=False, exit_on_error=False)
+            app = _app()
+            if tokens[0] not in COMMANDS:
+                _ = [app[name] for name in COMMANDS]  # imported, so that the list can quote their summaries
+            status = app(tokens, result_action="return_value", print_error=False, exit_on_error=False)
         else:
             _menu()
         sys.stdout.flush()  # a closed pipe shows here, not at exit
@@ -109,11 +113,10 @@ def _one_line(error: Exception, command: str) -> str:
             text = str(error)
         case OSError(strerror=str(reason)):
             text = f"{error.filename}: {reason}." if error.filename else f"{reason}."
-        case MemoryError() | RuntimeError() if "memory" in f"{error!r}".lower():
+        case MemoryError() | RuntimeError() if re.search(
+            r"MemoryError|(not enough|out of|allocate) memory", repr(error)
+        ):
             text = "not enough memory. Try: --dtype bf16, or a smaller model; wkv info says what each needs."
         case _:
-            text = (
-                f"{type(error).__name__}: {error}. This is a fault in wkv. Try: --debug, which shows where."
-            )
-    # One line, and no escape sequence that a file's tensor names could send to the terminal.
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+            text = f"{type(error).__name__}: {error}. A fault in wkv. Try: --debug, which shows where."
+    return printable(" ".join(text.split()))

@@ -25,10 +25,11 @@ from .common import (
     human_bytes,
     load_model,
     note,
+    print_line,
+    torch_dtype,
     use_device,
     use_threads,
 )
-from .common import torch_dtype as as_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -65,22 +66,21 @@ def bench(
     as_json
         print one JSON object instead
     """
-    use_threads(how.threads)
     name, network = load_or_build(model, how)
     note("measuring, for about 10 seconds")
     figures = measure(network)
     if as_json:
         print(json.dumps({"model": name, **figures}))
         return
-    print(
-        f"{name}: {figures['parameters']:,} parameters, {figures['dtype']}, "
-        f"{figures['threads']} threads on {figures['device']}\n"
-        f"prefill    {figures['prefill_tokens_per_second']:.1f} tokens/s ({PROMPT_TOKENS} tokens)\n"
-        f"decode     {figures['decode_tokens_per_second']:.1f} tokens/s\n"
-        f"moved      {human_bytes(figures['bytes_per_token'])} per token\n"
-        f"memory     {human_bytes(figures['bandwidth_bytes_per_second'])}/s, measured now\n"
-        f"ratio      {figures['ratio']:.2f} of the decode speed that this memory allows"
+    threads, device = figures["threads"], figures["device"]
+    print_line(
+        f"{name}: {figures['parameters']:,} parameters, {figures['dtype']}, {threads} threads on {device}"
     )
+    print_line(f"  prefill  {figures['prefill_tokens_per_second']:.1f} tokens/s ({PROMPT_TOKENS} tokens)")
+    print_line(f"  decode   {figures['decode_tokens_per_second']:.1f} tokens/s")
+    print_line(f"  moved    {human_bytes(figures['bytes_per_token'])} per token")
+    print_line(f"  memory   {human_bytes(figures['bandwidth_bytes_per_second'])}/s, measured now")
+    print_line(f"  ratio    {figures['ratio']:.2f} of the decode speed that this memory allows")
 
 
 def load_or_build(name: str | None, how: ModelFlags) -> tuple[str, RWKV]:
@@ -89,12 +89,13 @@ def load_or_build(name: str | None, how: ModelFlags) -> tuple[str, RWKV]:
     if name is None or known is None or Path(name).exists():
         path = find_model(name)
         return str(path), load_model(path, how)[0]
+    use_threads(how.threads)
     config = CONFIGS[int(known[1])].named(known[2])
     import torch
 
     from ..models import build
 
-    dtype = as_dtype(how.dtype) or torch.float32
+    dtype = torch_dtype(how.dtype) or torch.float32
     return f"{name} with random weights", build(config, device=use_device(how.device), dtype=dtype)
 
 

@@ -96,8 +96,8 @@ class Chat:
                 elif message.strip():
                     self.answer(message)
             except KeyboardInterrupt:
-                self.say("\n(stopped before the answer began; the question is forgotten)")
-            except (Error, OSError) as error:
+                self.say("\n(stopped; the conversation is as it was)")
+            except Error as error:
                 self.say(str(error))
 
     def _move(self, session: Session) -> None:
@@ -206,7 +206,7 @@ class Chat:
 
     def _change(self, name: str, text: str) -> None:
         value: Any = text  # a word stays text, and each setting says what it wants instead
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval("None" if text.lower() == "none" else text)
         if name == "think":
             self.form.answer_prefix(cast("Think", text))
@@ -218,7 +218,7 @@ class Chat:
 
 
 def _checked_limit(value: object) -> int:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"max_tokens is {value!r}", "a whole number from 1")
     return value
 

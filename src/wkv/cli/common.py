@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from ..errors import Error, TokenizerError
+from ..errors import Error, InputError, TokenizerError
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ DEMO_MODEL = Path("runs/demo/model.safetensors")
 MODEL_SUFFIXES = (".pth", ".safetensors")
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp64", "float32", "bfloat16", "float16", "float64"]
-DtypeFlag = Annotated[Dtype | None, Parameter(show_choices=False)]
+DtypeFlag = Annotated[Dtype | None, Parameter(show_choices=False)]  # eight names would fill the page
 _LONG_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -109,6 +109,16 @@ def write_out(text: str) -> None:
     sys.stdout.flush()
 
 
+def print_line(text: str) -> None:
+    """A line of results on stdout, with names out of files made harmless."""
+    write_out(printable(text) + "\n")
+
+
+def printable(text: str) -> str:
+    """The text without control characters: a file's names could hold commands for the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def human_bytes(n: float) -> str:
     """`1.4 MB`: decimal units, three digits."""
     units = ["bytes", "kB", "MB", "GB", "TB"]
@@ -147,14 +157,12 @@ def use_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # torch built without CUDA raises the latter
-        raise UsageError(
-            f"--device is {name!r}, which this machine does not have", "cpu, cuda, ..."
-        ) from None
+        raise UsageError(f"--device is {name!r}", "a device of this machine", "--device cpu") from None
     return device
 
 
 def find_file(name: str, expected: str) -> Path:
-    """The file of that name; the error lists the nearest names on disk."""
+    """The file of that name. InputError, with the nearest names on disk, when there is none."""
     path = Path(name)
     if path.is_file():
         return path
@@ -163,7 +171,7 @@ def find_file(name: str, expected: str) -> Path:
     near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.0)
     problem = "is a folder" if path.is_dir() else "does not exist"
     advice = ", ".join(near) if near else "wkv demo, which makes a small model in 3 minutes"
-    raise Error(f"{name} {problem}", expected, advice)
+    raise InputError(f"{name} {problem}", expected, advice)
 
 
 def find_model(name: str | None) -> Path:

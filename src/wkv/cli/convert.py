@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from cyclopts import Parameter
-
-from .common import MODEL_SUFFIXES, Dtype, UsageError, find_file, human_bytes, torch_dtype
+from .common import MODEL_SUFFIXES, DtypeFlag, UsageError, find_file, human_bytes, print_line, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +17,7 @@ def convert(
     target: str,
     /,
     *,
-    dtype: Annotated[Dtype | None, Parameter(show_choices=False)] = None,
+    dtype: DtypeFlag = None,
 ) -> None:
     """Convert a checkpoint between .pth and .safetensors, or to another dtype.
 
@@ -57,7 +55,7 @@ def convert(
     model, _ = load(path, dtype=wanted)
     save(model, target)
     parameters = sum(weight.numel() for weight in model.parameters())
-    print(
+    print_line(
         f"{target}: RWKV-{model.config.generation}, {parameters:,} parameters in {_names({wanted})} "
         f"(in {path}: {_names(stored)}), {human_bytes(Path(target).stat().st_size)}"
     )

@@ -31,6 +31,7 @@ WEIGHT_DECAY = 0.1
 POSITIONS = (100, 10_000)  # where a recurrent step is timed
 COMPARED_TOKENS = 1024  # read in both forms
 PROMPT, TEMPERATURE = "def ", 0.7
+SAMPLE_TOKENS, COMPLETION_TOKENS = 60, 400
 
 
 def demo(*, arch: Arch = "rwkv7", minutes: float = 3.0, out: Path = DEMO_MODEL.parent, seed: int = 0) -> None:
@@ -88,7 +89,7 @@ def demo(*, arch: Arch = "rwkv7", minutes: float = 3.0, out: Path = DEMO_MODEL.p
     picture = _draw(history, measured, out / "loss.png")
     write_out(f"\n{PROMPT}")
     completion = PROMPT
-    for piece in _write(loaded, tokenizer, seed):
+    for piece in _write(loaded, tokenizer, COMPLETION_TOKENS, seed):
         completion += piece
         write_out(piece)
     command = f"wkv demo --arch {arch} --minutes {minutes:g} --out {shlex.quote(str(out))} --seed {seed}"
@@ -196,10 +197,10 @@ def _sample(model: RWKV, seed: int) -> str:
     """A line on the way: what the model has learnt so far."""
     from ..tokenizers import bytes_
 
-    return repr(PROMPT + "".join(_write(model, bytes_(), seed, max_tokens=60)))
+    return repr(PROMPT + "".join(_write(model, bytes_(), SAMPLE_TOKENS, seed)))
 
 
-def _write(model: RWKV, tokenizer: Tokenizer, seed: int, max_tokens: int = 400) -> Iterator[str]:
+def _write(model: RWKV, tokenizer: Tokenizer, max_tokens: int, seed: int) -> Iterator[str]:
     """What the model makes of the prompt, token by token in the recurrent form."""
     from ..inference import Session
 
@@ -227,19 +228,19 @@ class Measured:
 def _measure(model: RWKV, read: list[Document], held_out: list[Document]) -> Measured:
     import torch
 
-    from ..evaluation import compression, parallel_recurrent_difference, seconds_per_token
-    from ..training import bits_per_byte
+    from ..evaluation import measure_compression, parallel_recurrent_difference, seconds_per_token
+    from ..training import as_tokens, bits_per_byte
 
     unseen = _joined(held_out)
     enough = unseen * (POSITIONS[-1] // len(unseen) + 1)
-    tokens = torch.frombuffer(bytearray(enough), dtype=torch.uint8)[None].long()
+    tokens = as_tokens(enough)[None]
     compared = tokens[:, :COMPARED_TOKENS]
     with torch.no_grad():
         deviation = model(compared)[0].std().item()
     return Measured(
         _parameters(model),
         bits_per_byte(model, [document.text for document in held_out]),
-        compression(unseen, primer=_joined(read)),
+        measure_compression(unseen, primer=_joined(read)),
         parallel_recurrent_difference(model, compared),
         deviation,
         model.initial_state().nbytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import CheckpointError
-from .common import find_file, human_bytes
+from .common import find_file, human_bytes, print_line
 
 
 def info(file: str, /, *, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:
@@ -51,12 +52,13 @@ def state_facts(path: Path) -> dict[str, Any] | None:
         header = read_header(path)
     if header is None or header.metadata.get("format") != "wkv-state":
         return None
+    n_tokens = header.metadata.get("n_tokens", "")
     return {
         "kind": "state",
         "file": str(path),
-        "tokens_read": int(header.metadata["n_tokens"]),
-        "tokenizer": header.metadata["tokenizer"] or None,
-        "model_fingerprint": header.metadata["model"],
+        "tokens_read": int(n_tokens) if re.fullmatch(r"\d{1,18}", n_tokens) else None,
+        "tokenizer": header.metadata.get("tokenizer") or None,
+        "model_fingerprint": header.metadata.get("model"),
         "layers": len({name.split(".")[1] for name in header.tensors if name.startswith("blocks.")}),
         "bytes": path.stat().st_size,
     }
@@ -96,7 +98,7 @@ def _print_state(facts: dict[str, Any]) -> None:
     _print_table(
         {
             facts["file"]: "a saved state: what a model remembers of a text",
-            "tokens read": f"{facts['tokens_read']:,}",
+            "tokens read": str(facts["tokens_read"]),
             "size": f"{human_bytes(facts['bytes'])}, {facts['layers']} layers",
             "tokenizer": facts["tokenizer"] or "none",
             "of the model": f"with fingerprint {facts['model_fingerprint']}",
@@ -107,11 +109,8 @@ def _print_state(facts: dict[str, Any]) -> None:
 def _print_model(facts: dict[str, Any]) -> None:
     config = facts["config"]
     minor = "" if facts["minor"] is None else f".{facts['minor']}"
-    heads = (
-        f", {config['dim_att'] // config['head_size']} heads of {config['head_size']}"
-        if "head_size" in config
-        else ""
-    )
+    size = config.get("head_size")
+    heads = f", {config['dim_att'] // size} heads of {size}" if size else ""
     memory = facts["memory_bytes"]
     _print_table(
         {
@@ -121,13 +120,13 @@ def _print_model(facts: dict[str, Any]) -> None:
             "dtype": ", ".join(f"{name} ({n} tensors)" for name, n in facts["dtypes"].items()),
             "vocabulary": f"{facts['vocab_size']:,} tokens; tokenizer: {facts['tokenizer'] or 'not known'}",
             "state": f"{human_bytes(facts['state_bytes'])} per conversation, at any length",
-            "memory": ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items()),
+            "memory": ", ".join(f"{name} {human_bytes(n)}" for name, n in memory.items()),
         }
     )
 
 
 def _print_table(rows: dict[str, str]) -> None:
     (title, subtitle), *rest = rows.items()
-    print(f"{title}: {subtitle}")
+    print_line(f"{title}: {subtitle}")
     for name, value in rest:
-        print(f"  {name:<13}{value}")
+        print_line(f"  {name:<13}{value}")

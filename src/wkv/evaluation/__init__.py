@@ -1,12 +1,12 @@
 """How good a model is, and whether it keeps RWKV's promises."""
 
-from .compression import Compression, compression, gzip_bits_per_byte
+from .compression import Compression, gzip_bits_per_byte, measure_compression
 from .recurrence import parallel_recurrent_difference, seconds_per_token
 
 __all__ = [
     "Compression",
-    "compression",
     "gzip_bits_per_byte",
+    "measure_compression",
     "parallel_recurrent_difference",
     "seconds_per_token",
 ]

@@ -22,7 +22,7 @@ class Compression:
     xz_primed: float
 
 
-def compression(text: bytes, *, primer: bytes) -> Compression:
+def measure_compression(text: bytes, *, primer: bytes) -> Compression:
     """`text` under `gzip -9`, `xz -9`, and `xz -9` that has read `primer`; `text` must not be empty.
 
     Takes about a second per megabyte of primer, and up to 700 MB of memory (the tables of `xz -9`).

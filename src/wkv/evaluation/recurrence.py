@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def seconds_per_token(
     timings: list[list[float]] = [[] for _ in positions]
     for _ in range(repeats):
         for position, state, taken in zip(positions, states, timings, strict=True):
-            started = time.perf_counter()
+            started = perf_counter()
             model(tokens[:, position : position + 1], state)
-            taken.append(time.perf_counter() - started)
+            taken.append(perf_counter() - started)
     return [statistics.median(taken) for taken in timings]

@@ -6,6 +6,7 @@ checkpoint or `initialize` fills them, and no weight is written twice.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,7 +74,7 @@ class HeadNorm(nn.GroupNorm):
     def forward(self, y_BTHV: Tensor) -> Tensor:
         """(B, T, H, V) -> (B, T, H * V), in the dtype of y: float32 means of float32 sums."""
         y = F.layer_norm(y_BTHV, y_BTHV.shape[-1:], eps=self.eps).flatten(2)
-        return y * self.weight.to(y.dtype) + self.bias.to(y.dtype)
+        return torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype))
 
 
 def activation(config: Config, hidden: Tensor) -> Tensor:
@@ -103,4 +104,4 @@ class MatrixMemory(Layer):
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, A) -> (B, T, H, N)."""
-        return x.unflatten(-1, self.memory_shape[:2])
+        return x.view(*x.shape[:-1], *self.memory_shape[:2])

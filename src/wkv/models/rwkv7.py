@@ -32,7 +32,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import RWKV7Config
@@ -125,8 +124,9 @@ class TimeMix(MatrixMemory):
             v = torch.lerp(v, v_first_BTD, torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2))
 
         # Remember: heads apart, (B, T, H, K) for keys and (B, T, H, V) for values.
-        kappa = F.normalize(self.heads(k * self.k_k), dim=-1, eps=1e-12)
-        k = k * (1 + (a - 1) * self.k_a)
+        kappa = self.heads(k * self.k_k)
+        kappa = kappa / torch.linalg.vector_norm(kappa, dim=-1, keepdim=True).clamp_min(1e-12)
+        k = torch.lerp(k, k * a, self.k_a)  # k (1 + (a - 1) k_a) in two steps instead of four
         r, log_w, k, v, a = (self.heads(z) for z in (r, log_w, k, v, a))
         y, memory_BHVK = wkv7(r, log_w, k, v, kappa, a, memory_BHVK, lengths=lengths)
 

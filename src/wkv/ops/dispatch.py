@@ -14,15 +14,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import BackendError
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a backend may look at when it decides."""
 
     T: int  # tokens

@@ -9,7 +9,7 @@
 Nothing here prints or saves: whoever takes the steps of `train` shows them as they like.
 """
 
-from .data import Document, split, standard_library, windows
+from .data import Document, as_tokens, split, standard_library, windows
 from .loop import Progress, train
 from .loss import bits_per_byte, cross_entropy
 from .optim import adamw, parameter_groups, set_learning_rate, warmup_cosine
@@ -18,6 +18,7 @@ __all__ = [
     "Document",
     "Progress",
     "adamw",
+    "as_tokens",
     "bits_per_byte",
     "cross_entropy",
     "parameter_groups",

@@ -98,4 +98,9 @@ def windows(documents: Sequence[Document], *, batch_size: int, length: int, seed
             text = texts[number]
             start = len(text) - length - (places[number] - place)
             rows.append(text[start : start + length + 1])
-        yield torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(batch_size, -1).long()
+        yield as_tokens(b"".join(rows)).view(batch_size, length + 1)
+
+
+def as_tokens(text: bytes) -> Tensor:
+    """The bytes of `text` as int64 token ids (len(text),)."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()

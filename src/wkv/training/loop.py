@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def train(
     """
     tokens_seen, seconds = 0, 0.0
     for step, batch in enumerate(batches, 1):
-        started = time.perf_counter()
+        started = perf_counter()
         done = seconds / (60 * minutes)
         set_learning_rate(optimizer, warmup_cosine(done, warmup=warmup, final=final))
 
@@ -72,7 +72,7 @@ def train(
         optimizer.step()
 
         tokens_seen += logits.shape[0] * logits.shape[1]
-        seconds += time.perf_counter() - started
+        seconds += perf_counter() - started
         done = min(seconds / (60 * minutes), 1.0)
         yield Progress(step, tokens_seen, seconds, done, loss.item(), norm.item())
         if done >= 1:

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import RWKV
+from .data import as_tokens
+
+_PADDING = -100  # no byte: a target that costs nothing
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, l2wrap: float = 1e-4) -> Tensor:
@@ -49,19 +52,22 @@ def bits_per_byte(
 def _bits_after_the_first(model: RWKV, texts: Sequence[bytes], chunk_tokens: int) -> float:
     """The sum over `texts`, which come longest first: rows that are through leave at the end of the batch."""
     state = model.initial_state(len(texts))
-    predictions = torch.tensor([len(text) - 1 for text in texts])
     nats = 0.0
     for start in range(0, len(texts[0]) - 1, chunk_tokens):
-        unfinished = int((predictions > start).sum())
-        lengths = (predictions[:unfinished] - start).clamp(max=chunk_tokens)
-        window = torch.zeros(unfinished, int(lengths[0]) + 1, dtype=torch.int64)
-        for row, text in zip(window, texts, strict=False):
-            tokens = torch.frombuffer(bytearray(text[start : start + len(row)]), dtype=torch.uint8)
-            row[: len(tokens)] = tokens
-        window, lengths = window.to(model.device), lengths.to(model.device)
-
-        logits, state = model(window[:, :-1], state[:unfinished], lengths=lengths)
-        costs = F.cross_entropy(logits.mT.float(), window[:, 1:], reduction="none")
-        valid = torch.arange(costs.shape[1], device=costs.device) < lengths[:, None]
-        nats += costs[valid].sum(dtype=torch.float64).item()
+        unfinished = sum(len(text) - 1 > start for text in texts)
+        width = min(len(texts[0]) - start, chunk_tokens + 1)
+        tokens = torch.zeros(unfinished, width, dtype=torch.int64)
+        targets = torch.full_like(tokens, _PADDING)
+        for row, text in enumerate(texts[:unfinished]):
+            piece = text[start : start + width]
+            tokens[row, : len(piece)] = targets[row, : len(piece)] = as_tokens(piece)
+        # Padding needs no `lengths`: it comes last in its row, which then leaves; nobody reads that state.
+        logits, state = model(tokens[:, :-1].to(model.device), state[:unfinished])
+        costs = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            targets[:, 1:].flatten().to(model.device),
+            ignore_index=_PADDING,
+            reduction="none",
+        )
+        nats += costs.sum(dtype=torch.float64).item()
     return nats / math.log(2)

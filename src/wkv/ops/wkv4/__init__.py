@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..common import check_lengths, check_shapes, check_state_dtype, make_call, sum_dtype
+from ..common import cast, check_lengths, check_shapes, check_state_dtype, make_call, sum_dtype
 from ..dispatch import Backend, Operator, never, short_sequence
 from . import reference, scan
 from .reference import EMPTY
@@ -53,7 +53,7 @@ def wkv4(
     )
     dtype = sum_dtype(k, v)
     check_state_dtype("wkv4", state, dtype)
-    log_w, u, k, v = (x.to(dtype) for x in (log_w, u, k, v))
+    log_w, u, k, v = cast(dtype, log_w, u, k, v)
     row = OPERATOR.choose(make_call(T, 1, dtype, log_w, u, k, v, state), backend)
     y, new_state = row.run(log_w, u, k, v, state, lengths)
     return y, new_state

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..common import padding
+from ..library import torch_operator
 from .reference import EMPTY
 
 
@@ -97,7 +98,7 @@ def _prefixes(log_w: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tenso
     return x[:, 0], x[:, 1], p
 
 
-@torch.library.custom_op("wkv::wkv4_scan", mutates_args=())
+@torch_operator("wkv4_scan")
 def _forward(
     log_w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,7 @@ def _(
     return torch.empty_like(v), torch.empty_like(state)
 
 
-@torch.library.custom_op("wkv::wkv4_scan_backward", mutates_args=())
+@torch_operator("wkv4_scan_backward")
 def _backward(
     dy: Tensor,
     dstate: Tensor,
@@ -164,9 +165,8 @@ def _backward(
     fade = torch.exp(log_w + p[:-1] + rho)
     dlog_w = (fade * (alpha * A[:-1] + beta * B[:-1])).sum(dim=(0, 1))
     dstate_start = torch.stack((start * d_aa, start * d_bb, torch.zeros_like(start)), dim=1)
-    return [
-        dlog_w, d_own.sum(dim=(0, 1)), dk.transpose(0, 1).contiguous(), dv.transpose(0, 1).contiguous(), dstate_start
-    ]  # fmt: skip
+    dk, dv = (x.transpose(0, 1).contiguous() for x in (dk, dv))
+    return [dlog_w, d_own.sum(dim=(0, 1)), dk, dv, dstate_start]
 
 
 @_backward.register_fake

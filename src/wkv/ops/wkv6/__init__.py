@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..common import check_lengths, check_shapes, check_state_dtype, make_call, sum_dtype
+from ..common import cast, check_lengths, check_shapes, check_state_dtype, make_call, sum_dtype
 from ..dispatch import Backend, Operator, never, short_sequence
 from . import chunked, reference
 
@@ -71,7 +71,7 @@ def run(
     )
     dtype = sum_dtype(r, v)
     check_state_dtype(operator.name, state, dtype)
-    r, log_w, k, v, u = (x.to(dtype) for x in (r, log_w, k, v, u))
+    r, log_w, k, v, u = cast(dtype, r, log_w, k, v, u)
     row = operator.choose(make_call(T, K, dtype, r, log_w, k, v, u, state), backend)
     y, new_state = row.run(r, log_w, k, v, u, state, lengths)
     return y, new_state

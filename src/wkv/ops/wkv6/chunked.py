@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..common import join_chunks, padding, split_chunks
+from ..library import torch_operator
 
 CHUNK = 32
 NEGLIGIBLE = -1e4  # e^-10000 is 0 in float64 too; -inf itself would make 0 * inf = NaN in a matrix product
@@ -85,7 +86,7 @@ def _chunk_decay(log_w: Tensor, like: Tensor) -> Tensor:
     return split_chunks(log_w, CHUNK)
 
 
-@torch.library.custom_op("wkv::wkv6_chunked", mutates_args=())
+@torch_operator("wkv6_chunked")
 def _forward(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +129,7 @@ def _(
     return torch.empty_like(v), torch.empty_like(state), state.new_empty((n + 1, B * H, K, V))
 
 
-@torch.library.custom_op("wkv::wkv6_chunked_backward", mutates_args=())
+@torch_operator("wkv6_chunked_backward")
 def _backward(
     dy: Tensor, dstate: Tensor, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, M: Tensor
 ) -> list[Tensor]:

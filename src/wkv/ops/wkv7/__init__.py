@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..common import check_lengths, check_shapes, check_state_dtype, make_call, sum_dtype
+from ..common import cast, check_lengths, check_shapes, check_state_dtype, make_call, sum_dtype
 from ..dispatch import Backend, Operator, never, short_sequence
 from . import chunked, reference
 
@@ -58,7 +58,7 @@ def wkv7(
     )  # fmt: skip
     dtype = sum_dtype(r, v)
     check_state_dtype("wkv7", state, dtype)
-    r, log_w, k, v, kappa, a = (x.to(dtype) for x in (r, log_w, k, v, kappa, a))
+    r, log_w, k, v, kappa, a = cast(dtype, r, log_w, k, v, kappa, a)
     row = OPERATOR.choose(make_call(T, K, dtype, r, log_w, k, v, kappa, a, state), backend)
     y, new_state = row.run(r, log_w, k, v, kappa, a, state, lengths)
     return y, new_state

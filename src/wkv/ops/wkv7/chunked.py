@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from ..common import join_chunks, padding, split_chunks
+from ..library import torch_operator
 
 CHUNK = 32  # 16 and 32 cost the same multiplications per token, 64 a third more
 
@@ -115,7 +116,7 @@ def _prepare(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tenso
     return _Chunks(A_R, B_K, v, P, W_U, shrink, shrink_before, grow, shrink[..., -1:, :].mT)
 
 
-@torch.library.custom_op("wkv::wkv7_chunked", mutates_args=())
+@torch_operator("wkv7_chunked")
 def _forward(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +140,7 @@ def _(
     return torch.empty_like(v), torch.empty_like(state), state.new_empty((n + 1, B * H, K, V))
 
 
-@torch.library.custom_op("wkv::wkv7_chunked_backward", mutates_args=())
+@torch_operator("wkv7_chunked_backward")
 def _backward(
     dy: Tensor,
     dstate: Tensor,

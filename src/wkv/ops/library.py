@@ -1,0 +1,39 @@
+"""Registering a function with torch as one operator: the compiler, export and autograd see it whole.
+
+`torch.library.custom_op` does the same, but its first call imports the compiler: seconds, before the first
+token of a program that compiles nothing. This goes through the plain registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_REGISTRY = torch.library.Library("wkv", "DEF")
+
+
+class TorchOperator:
+    """`torch.ops.wkv.<name>`: call it, give it shapes for tracing, give it a derivative."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        _REGISTRY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _REGISTRY.impl(name, function, "CompositeExplicitAutograd")
+        self._name = f"wkv::{name}"
+        self._call = getattr(torch.ops.wkv, name).default
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def register_fake(self, shapes: Callable[..., Any]) -> None:
+        """`shapes` returns empty tensors like the outputs, from inputs without data."""
+        torch.library.register_fake(self._name, shapes, lib=_REGISTRY)
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        torch.library.register_autograd(self._name, backward, setup_context=setup_context, lib=_REGISTRY)
+
+
+def torch_operator(name: str) -> Callable[[Callable[..., Any]], TorchOperator]:
+    """Decorator: the function becomes `torch.ops.wkv.<name>`. Its annotations are its schema."""
+    return lambda function: TorchOperator(name, function)
