@@ -60,7 +60,7 @@ def in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) ->
     return mine, peer, statistics.median(b / a for a, b in pairs)
 
 
-@torch.no_grad()
+@torch.inference_mode()  # as wkv.Session decodes; the official package switches gradients off itself
 def compare(name: str, threads: list[int], rounds: int) -> None:
     config = MODELS[name]
     model = wkv.build(config)

@@ -352,7 +352,7 @@ def test_loading_takes_the_memory_of_the_weights_and_saving_next_to_none(dtype, 
         assert measured["size"] > (200e6 if dtype == "float32" else 100e6)
         assert measured["loading"] <= 1.25 * measured["size"] + 100e6
         assert measured["loading"] > 0.9 * measured["size"]  # the sampler sees it
-        assert measured["saving"] < 20e6
+        assert measured["saving"] < 40e6
     assert len(result.stdout.splitlines()) == len(paths)
 
 

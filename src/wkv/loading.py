@@ -62,7 +62,8 @@ def load(
     with open_checkpoint(path) as checkpoint:
         dtype = dtype or _prevailing_dtype(checkpoint)
         model = build(checkpoint.config, device="meta", dtype=dtype)
-        shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        blank = model.state_dict()  # on the meta device: shapes, dtype and memory layout, no memory
+        shapes = {name: tuple(weight.shape) for name, weight in blank.items()}
         with naming(path):
             _check_names(checkpoint.config, expected=shapes, found=checkpoint.shapes)
         tokenizer = _tokenizer(tokenizer, path, checkpoint.config.vocab_size)
@@ -72,7 +73,7 @@ def load(
             if verify:
                 with naming(path):
                     _check_values(name, stored, dtype)
-            weights[name] = torch.empty(shapes[name], dtype=dtype, device=device)
+            weights[name] = torch.empty_like(blank[name], device=device)
             weights[name].copy_(stored.reshape(shapes[name]))
     model.load_state_dict(weights, assign=True)
     return model.eval(), tokenizer

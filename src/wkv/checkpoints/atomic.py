@@ -8,38 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from ..errors import CheckpointError
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
-
-
-class _NewFile(io.FileIO):
-    """A new file with the usual permissions (0666 less the umask), which remembers its first failure.
-
-    A library that writes through it may report a later failure or one of its own: torch.save turns a
-    full disk, and Ctrl-C too, into a RuntimeError about the archive's end.
-    """
-
-    failure: BaseException | None = None
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "x+b")
-
-    def write(self, data: ReadableBuffer, /) -> int:
-        try:
-            return os.write(self.fileno(), data)
-        except BaseException as error:
-            self.failure = self.failure or error
-            raise
 
 
 @contextlib.contextmanager
@@ -52,24 +28,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".wkv-{secrets.token_hex(8)}.tmp")
-    raw = None
     try:
         if target.exists() and not target.is_file():
             raise CheckpointError(f"{target} is not a regular file", "a file name to save to")
-        raw = _NewFile(temporary)
-        with io.BufferedRandom(raw) as file:
+        with open(temporary, "x+b") as file:  # permissions: 0666 less the umask, as for any new file
             yield file
             file.flush()
-            os.fsync(raw.fileno())
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        cause = (raw and raw.failure) or error
-        if isinstance(cause, OSError):
-            raise _not_saved(target, cause) from cause
-        if cause is not error:
-            raise cause from None
+        if isinstance(error, OSError):
+            raise _not_saved(target, error) from error
         raise
     try:
         _sync_folder(target.parent)

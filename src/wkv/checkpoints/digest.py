@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,16 +11,26 @@ from torch import Tensor
 from ..errors import CorruptFileError
 from .naming import shown
 
+_PIECE = 2**22  # bytes
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Row-major bytes of a tensor; no copy when it is contiguous and on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+
+def pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """The tensor's bytes in row-major order. Nothing is copied of a tensor that lies so on the CPU; of any
+    other (on a GPU, or stored by columns) a few rows, about 4 MB, at a time."""
+    tensor = torch.atleast_1d(tensor.detach())
+    at_once = len(tensor)
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        at_once = max(1, _PIECE * len(tensor) // tensor.nbytes)
+    for rows in tensor.split(max(1, at_once)):
+        yield rows.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sha256(tensor: Tensor) -> str:
     """SHA-256 of the tensor's bytes, as 64 hexadecimal digits."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    digest = hashlib.sha256()
+    for piece in pieces(tensor):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def check_digest(name: str, tensor: Tensor, digests: Mapping[str, str]) -> None:

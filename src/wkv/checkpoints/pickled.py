@@ -1,4 +1,4 @@
-"""The pickle inside a .pth file, read as data.
+"""The pickle inside a .pth file, read as data, and written as torch.save writes it.
 
 A pickle is a program for a small stack machine. This module runs the few instructions that torch.save
 writes for a dict of tensors, on plain values: a global stays a name, a stored block stays a reference,
@@ -9,9 +9,13 @@ tuple of tuples of tuples, a hundred bytes long, keeps even `torch.load(weights_
 
 from __future__ import annotations
 
+import io
+import math
+import pickle
 import pickletools
 import struct
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,18 +58,23 @@ class PickledTensor(NamedTuple):
     strides: tuple[int, ...]
 
 
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor whose rows lie one after the other."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
 class _Global(NamedTuple):
     name: str
 
 
-def read_state_dict(pickle: bytes) -> dict[str, object]:
+def read_state_dict(pickled: bytes) -> dict[str, object]:
     """Name -> PickledTensor (or whatever else is stored under it) of the one dict in the pickle.
 
     UnsafeFileError when the pickle names code; CheckpointError when it is no dict of tensors;
     CorruptFileError when it is no pickle at all.
     """
     try:
-        result = _run(pickle)
+        result = _run(pickled)
     except (ValueError, LookupError, TypeError, struct.error) as error:
         raise CorruptFileError(
             f"the list of its tensors cannot be read ({error})",
@@ -87,7 +96,7 @@ def describe(value: object) -> str:
     return kind if " " in kind else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
-def _run(pickle: bytes) -> Any:
+def _run(pickled: bytes) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -99,7 +108,7 @@ def _run(pickle: bytes) -> Any:
         return values
 
     argument: Any
-    for opcode, argument, _ in pickletools.genops(pickle):
+    for opcode, argument, _ in pickletools.genops(pickled):
         match opcode.name:
             case "PROTO":
                 if argument != 2:
@@ -215,3 +224,25 @@ def _call(function: object, arguments: Any) -> object:
             if name == _TENSOR and whole and len(shape) == len(strides) <= 8 and len(rest) == 2:
                 return PickledTensor(block, offset, shape, strides)
     raise TypeError("a call that torch.save does not write")
+
+
+def write_state_dict(tensors: Mapping[str, PickledTensor]) -> bytes:
+    """The pickle that torch.save writes for a dict of such tensors, byte for byte."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(dict(tensors))
+    return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: object) -> object:
+        if not isinstance(value, Block):
+            return None
+        storage = next(name for name, dtype in _STORAGES.items() if dtype == value.dtype)
+        return "storage", getattr(torch, storage.removeprefix("torch ")), value.key, "cpu", value.length
+
+    def reducer_override(self, value: object) -> Any:
+        if not isinstance(value, PickledTensor):
+            return NotImplemented
+        hooks: OrderedDict[str, object] = OrderedDict()
+        arguments = (value.block, value.offset, value.shape, value.strides, False, hooks)
+        return torch._utils._rebuild_tensor_v2, arguments

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -27,10 +28,10 @@ from torch import Tensor
 from ..errors import CheckpointError, CorruptFileError, UnsafeFileError
 from .atomic import atomic_write
 from .base import Checkpoint, TensorInfo
-from .digest import check_digest, check_table, sha256, tensor_bytes
+from .digest import check_digest, check_table, pieces, sha256
 from .naming import shown
 from .official import refuse_foreign
-from .pickled import PickledTensor, describe, read_state_dict
+from .pickled import Block, PickledTensor, describe, read_state_dict, row_major, write_state_dict
 
 _DIGESTS = "wkv_sha256.json"
 _HEADER_LIMIT = 4_000_000  # bytes of any table; the largest published model needs half a million
@@ -65,7 +66,7 @@ class PthCheckpoint(Checkpoint):
         if key in self._checked:
             return
         block = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-        if zlib.crc32(tensor_bytes(block)) != expected:
+        if zlib.crc32(next(pieces(block))) != expected:
             raise CorruptFileError(
                 f"tensor {shown(stored)} is damaged: its CRC-32 differs from the one in the archive",
                 "the bytes that were written",
@@ -206,7 +207,7 @@ def _check_window(name: str, tensor: PickledTensor, blocks: Mapping[str, zipfile
         raise UnsafeFileError(f"tensor {shown(name)} has a negative size or offset", "sizes of 1 and more")
     if any(
         stride != expected
-        for stride, expected, size in zip(strides, _row_major(shape), shape, strict=True)
+        for stride, expected, size in zip(strides, row_major(shape), shape, strict=True)
         if size > 1
     ):
         trick = "repeats few numbers to look larger" if 0 in strides else "is stored out of order"
@@ -224,10 +225,6 @@ def _check_window(name: str, tensor: PickledTensor, blocks: Mapping[str, zipfile
 _SAVE_CONTIGUOUS = "saving it again as {name: tensor.clone() for ...}"
 
 
-def _row_major(shape: tuple[int, ...]) -> list[int]:
-    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-
-
 def _check_disjoint(tensors: Mapping[str, PickledTensor]) -> None:
     """Windows of one block are fine (DeepSpeed saves flat blocks), as long as no number has two names."""
     windows = sorted((t.block.key, t.offset * t.block.dtype.itemsize, n) for n, t in tensors.items())
@@ -243,21 +240,41 @@ def _check_disjoint(tensors: Mapping[str, PickledTensor]) -> None:
 
 
 def write_pth(path: str | PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """Write an official .pth file: a dict of CPU tensors by torch.save, and a SHA-256 of each besides.
+    """Write an official .pth file, as torch.save would from the CPU, and a SHA-256 of each tensor besides.
 
-    Atomic and fsynced. Tensors that own their storage are not copied. CheckpointError when the file
-    cannot be written; a file of that name is then as it was.
+    Atomic and fsynced; no tensor is copied as a whole. CheckpointError when the file cannot be written; a
+    file of that name is then as it was.
     """
-    plain = {name: _own(tensor) for name, tensor in tensors.items()}
-    digests = {name: sha256(tensor) for name, tensor in plain.items()}
-    with atomic_write(path) as file:
-        torch.save(plain, file)
-        with zipfile.ZipFile(file, "a") as archive:
-            root = archive.namelist()[0].partition("/")[0]
-            archive.writestr(f"{root}/{_DIGESTS}", json.dumps(digests))
+    windows = {
+        name: PickledTensor(
+            Block(tensor.dtype, str(key), tensor.numel()), 0, tuple(tensor.shape), row_major(tensor.shape)
+        )
+        for key, (name, tensor) in enumerate(tensors.items())
+    }
+    digests = {name: sha256(tensor) for name, tensor in tensors.items()}
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(_record("data.pkl"), write_state_dict(windows))
+        archive.writestr(_record("byteorder"), b"little")
+        for name, window in windows.items():
+            record = _record(f"data/{window.block.key}")
+            record.extra = _filler(file.tell() + _LOCAL_HEADER + len(record.filename))
+            # Sizes of 64 bits always: then the length of the header does not depend on that of the block.
+            with archive.open(record, "w", force_zip64=True) as block:
+                for piece in pieces(tensors[name]):
+                    block.write(piece)
+        archive.writestr(_record("version"), b"3\n")
+        archive.writestr(_record(_DIGESTS), json.dumps(digests))
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A CPU tensor that owns exactly its storage: torch.save writes the whole storage of a view."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+_LOCAL_HEADER = 30 + 20  # bytes before a block, besides name and filler; the 20 are its 64-bit sizes
+
+
+def _record(name: str) -> zipfile.ZipInfo:
+    """A record without a date: the same tensors make the same file."""
+    return zipfile.ZipInfo(f"archive/{name}")
+
+
+def _filler(position: int) -> bytes:
+    """An extra field that makes the block behind it begin at a multiple of 64, so that it can be mapped."""
+    size = -(position + 4) % 64
+    return struct.pack("<2sH", b"FB", size) + bytes(size)

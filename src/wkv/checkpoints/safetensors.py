@@ -29,7 +29,7 @@ from ..config import Config, config_from_dict
 from ..errors import CheckpointError, CorruptFileError, UnsafeFileError
 from .atomic import atomic_write
 from .base import Checkpoint, TensorInfo
-from .digest import check_digest, check_table, sha256, tensor_bytes
+from .digest import check_digest, check_table, pieces, sha256
 from .naming import naming, shown
 
 MODEL_FORMAT, MODEL_VERSION = "wkv-model", "1"
@@ -96,7 +96,7 @@ def write_safetensors(
 ) -> None:
     """Write tensors and metadata, with a SHA-256 per tensor and one of the header.
 
-    Atomic and fsynced; one tensor at a time is brought to the CPU. The metadata keys "sha256" and
+    Atomic and fsynced; no tensor is copied as a whole. The metadata keys "sha256" and
     "digest" are taken. CheckpointError when the file cannot be written; a file of that name is then as
     it was.
     """
@@ -107,7 +107,8 @@ def write_safetensors(
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for tensor in ordered.values():
-            file.write(tensor_bytes(tensor))
+            for piece in pieces(tensor):
+                file.write(piece)
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -107,7 +107,7 @@ def measure(model: RWKV) -> dict[str, Any]:
         model.config.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)
     )
     tokens = tokens.to(model.device)
-    with torch.no_grad():
+    with torch.inference_mode():
         _, state = model(tokens, output="last")
         prefill = _median_seconds(lambda: model(tokens, output="last"), model.device)
         decode = _median_seconds(lambda: model(tokens[:, :1], state), model.device)

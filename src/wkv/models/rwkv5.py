@@ -89,7 +89,7 @@ class TimeMix(MatrixMemory):
         y, memory_BHVK = wkv5(
             self.heads(r), log_w_HK, self.heads(k), self.heads(v), u_HK, memory_BHVK, lengths=lengths
         )
-        y = self.ln_x(y).to(x_BTD.dtype)
+        y = self.ln_x(y).to(x_BTD.dtype).view_as(r)
         if self.has_gate:
             y = y * F.silu(self.gate(torch.lerp(before_BTD, x_BTD, self.time_mix_g)))
         return self.output(y), last_BD, memory_BHVK

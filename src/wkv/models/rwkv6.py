@@ -97,7 +97,7 @@ class TimeMix(MatrixMemory):
             self.heads(r), self.heads(log_w), self.heads(k), self.heads(v),
             self.time_faaaa, memory_BHVK, lengths=lengths,
         )  # fmt: skip
-        return self.output(self.ln_x(y).to(g.dtype) * g), last_BD, memory_BHVK
+        return self.output(self.ln_x(y).to(g.dtype).view_as(g) * g), last_BD, memory_BHVK
 
 
 class ChannelMix(Layer):

@@ -99,41 +99,43 @@ class TimeMix(MatrixMemory):
     def forward(
         self,
         x_BTD: Tensor,
-        v_first_BTD: Tensor | None,
+        v_first: Tensor | None,
         last_BD: Tensor,
         memory_BHVK: Tensor,
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the mixed tokens, layer 0's values, and what the next call needs: last_BD, memory_BHVK."""
+        B, T, D = x_BTD.shape
         before_BTD, last_BD = token_shift(x_BTD, last_BD, lengths)
-        xr, xw, xk, xv, xa, xg = (
-            torch.lerp(x_BTD, before_BTD, mix)
-            for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        )
+        mixes = torch.cat((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        # From here to the heads every token is a row of its own: (B * T, D) or (B * T, A).
+        xr, xw, xk, xv, xa, xg = torch.lerp(x_BTD.reshape(-1, D), before_BTD.reshape(-1, D), mixes).unbind()
 
         # Project. The decay is float32: near 1 bfloat16 has no values left between 0.996 and 1.
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        log_w = -math.exp(-0.5) * torch.sigmoid(
-            (self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(memory_BHVK.dtype)
-        )
+        d = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
+        log_w = torch.sigmoid(d.to(memory_BHVK.dtype)) * -math.exp(-0.5)
         a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
         g = torch.sigmoid(xg @ self.g1) @ self.g2
-        if v_first_BTD is None:
-            v_first_BTD = v
+        if v_first is None:
+            v_first = v
         else:
-            v = torch.lerp(v, v_first_BTD, torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2))
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2))
 
         # Remember: heads apart, (B, T, H, K) for keys and (B, T, H, V) for values.
-        kappa = self.heads(k * self.k_k)
+        heads = (B, T, *self.memory_shape[:2])
+        kappa = (k * self.k_k).view(heads)
         kappa = kappa / torch.linalg.vector_norm(kappa, dim=-1, keepdim=True).clamp_min(1e-12)
         k = torch.lerp(k, k * a, self.k_a)  # k (1 + (a - 1) k_a) in two steps instead of four
-        r, log_w, k, v, a = (self.heads(z) for z in (r, log_w, k, v, a))
-        y, memory_BHVK = wkv7(r, log_w, k, v, kappa, a, memory_BHVK, lengths=lengths)
+        r, k, v_BTHV = r.view(heads), k.view(heads), v.view(heads)
+        y, memory_BHVK = wkv7(
+            r, log_w.view(heads), k, v_BTHV, kappa, a.view(heads), memory_BHVK, lengths=lengths
+        )
 
-        # Answer: back to (B, T, D).
-        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v
-        y = self.ln_x(y).to(x_BTD.dtype) + bonus.flatten(2)
-        return self.output(y * g), v_first_BTD, last_BD, memory_BHVK
+        # Answer: back to rows.
+        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v_BTHV
+        y = self.ln_x(y).to(g.dtype) + bonus.view(g.shape)
+        return self.output(y * g).view(B, T, D), v_first, last_BD, memory_BHVK
 
 
 class ChannelMix(Layer):

@@ -24,9 +24,9 @@ def make_call(T: int, head_size: int, dtype: torch.dtype, *tensors: Tensor) -> C
     return Call(T, head_size, dtype, tensors[0].device, needs_grad)
 
 
-def check_shapes(operator: str, expected: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
-    """`expected` maps an argument's name to (tensor, shape); InputError names the first that differs."""
-    for name, (tensor, shape) in expected.items():
+def check_shapes(operator: str, shape: tuple[int, ...], **tensors: Tensor) -> None:
+    """InputError (StateError for `state`) names the first of `tensors` that has another shape."""
+    for name, tensor in tensors.items():
         if tensor.shape != shape:
             kind = StateError if name == "state" else InputError
             raise kind(f"{operator}: {name} has shape {tuple(tensor.shape)}", str(shape))
@@ -73,3 +73,19 @@ def join_chunks(x: Tensor, like: Tensor) -> Tensor:
     B, T, H, N = like.shape
     n, _, chunk, _ = x.shape
     return x.view(n, B, H, chunk, N).permute(1, 0, 3, 2, 4).reshape(B, n * chunk, H, N)[:, :T].contiguous()
+
+
+def rows_of_tokens(x: Tensor) -> tuple[Tensor, ...]:
+    """(B, T, H, N) -> T rows (B * H, 1, N), as products with B * H memories want them."""
+    B, T, H, N = x.shape
+    if T == 1:
+        return (x.reshape(B * H, 1, N),)
+    return x.transpose(1, 2).reshape(B * H, T, N).split(1, dim=1)
+
+
+def tokens_of_rows(rows: list[Tensor], like: Tensor) -> Tensor:
+    """The inverse of `rows_of_tokens`, shaped as `like` (B, T, H, N)."""
+    B, T, H, N = like.shape
+    if T == 1:
+        return rows[0].view(B, 1, H, N)
+    return torch.cat(rows, dim=1).view(B, H, T, N).transpose(1, 2)

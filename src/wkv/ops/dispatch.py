@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,10 @@ class Operator:
 
     def choose(self, call: Call, backend: str | None = None) -> Backend:
         """The row that runs this call. BackendError when a named row is unknown or refuses."""
-        name = backend or _named.get()
+        return self._choose(call, backend or _named.get())
+
+    @lru_cache(maxsize=1024)  # noqa: B019  operators live as long as the program
+    def _choose(self, call: Call, name: str | None) -> Backend:
         if name is None:
             return next(row for row in self.backends if row.refuses(call) is None)
         for row in self.backends:

@@ -21,7 +21,7 @@ def token_shift(x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple
     """
     B, T, D = x.shape
     check_lengths("token_shift", lengths, B, T)
-    check_shapes("token_shift", {"state": (last, (B, D))})
+    check_shapes("token_shift", (B, D), state=last)
     shifted = last[:, None] if T == 1 else torch.cat((last[:, None], x[:, :-1]), dim=1)
     if lengths is None:
         return shifted, x[:, -1]

@@ -48,9 +48,9 @@ def wkv4(
     """
     B, T, A = k.shape
     check_lengths("wkv4", lengths, B, T)
-    check_shapes(
-        "wkv4", {"log_w": (log_w, (A,)), "u": (u, (A,)), "v": (v, (B, T, A)), "state": (state, (B, 3, A))}
-    )
+    check_shapes("wkv4", (A,), log_w=log_w, u=u)
+    check_shapes("wkv4", (B, T, A), v=v)
+    check_shapes("wkv4", (B, 3, A), state=state)
     dtype = sum_dtype(k, v)
     check_state_dtype("wkv4", state, dtype)
     log_w, u, k, v = cast(dtype, log_w, u, k, v)

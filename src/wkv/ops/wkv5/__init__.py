@@ -39,5 +39,5 @@ def wkv5(
     log_w and u are (H, K) (a decay per head is that value K times); everything else as in `wkv6`.
     """
     H, K = r.shape[-2:]
-    check_shapes("wkv5", {"log_w": (log_w, (H, K))})
+    check_shapes("wkv5", (H, K), log_w=log_w)
     return wkv6.run(OPERATOR, r, log_w[None, None], k, v, u, state, lengths, backend)

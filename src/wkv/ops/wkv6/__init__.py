@@ -46,7 +46,7 @@ def wkv6(
     the final state included. InputError, StateError, BackendError.
     """
     B, T, H, K = r.shape
-    check_shapes("wkv6", {"log_w": (log_w, (B, T, H, K))})
+    check_shapes("wkv6", (B, T, H, K), log_w=log_w)
     return run(OPERATOR, r, log_w, k, v, u, state, lengths, backend)
 
 
@@ -65,10 +65,10 @@ def run(
     B, T, H, K = r.shape
     V = v.shape[-1]
     check_lengths(operator.name, lengths, B, T)
-    check_shapes(
-        operator.name,
-        {"k": (k, (B, T, H, K)), "v": (v, (B, T, H, V)), "u": (u, (H, K)), "state": (state, (B, H, V, K))},
-    )
+    check_shapes(operator.name, (B, T, H, K), k=k)
+    check_shapes(operator.name, (B, T, H, V), v=v)
+    check_shapes(operator.name, (H, K), u=u)
+    check_shapes(operator.name, (B, H, V, K), state=state)
     dtype = sum_dtype(r, v)
     check_state_dtype(operator.name, state, dtype)
     r, log_w, k, v, u = cast(dtype, r, log_w, k, v, u)

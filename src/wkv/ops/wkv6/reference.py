@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common import rows_of_tokens, tokens_of_rows
+
 
 def run(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, lengths: Tensor | None
@@ -16,14 +18,16 @@ def run(
     """Shapes as in `wkv6`, log_w also (1, 1, H, K); every tensor already has the dtype of the sums."""
     own = (r * u * k).sum(dim=-1, keepdim=True) * v  # v (u * k)^T r of every token: what it reads of itself
     w = log_w.exp().expand_as(r)
-    tokens = zip(*(x.unsqueeze(-2).unbind(1) for x in (r, w, k, v, own)), strict=True)
+    memory = state.flatten(0, 1)  # (B * H, V, K)
     outputs = []
-    for t, (r_t, w_t, k_t, v_t, own_t) in enumerate(tokens):  # rows: (B, H, 1, K or V)
-        y = (r_t @ state.mT + own_t).squeeze(-2)
-        new = torch.addcmul(state * w_t, v_t.mT, k_t)
+    for t, (r_t, w_t, k_t, v_t, own_t) in enumerate(
+        zip(*map(rows_of_tokens, (r, w, k, v, own)), strict=True)
+    ):
+        y = torch.baddbmm(own_t, r_t, memory.mT)
+        new = (memory * w_t).addcmul_(v_t.mT, k_t)
         if lengths is not None:
-            going_on = (t < lengths)[:, None, None]
-            y, new = torch.where(going_on, y, 0), torch.where(going_on[..., None], new, state)
-        state = new
+            going_on = (t < lengths).repeat_interleave(r.shape[2])[:, None, None]
+            y, new = torch.where(going_on, y, 0), torch.where(going_on, new, memory)
+        memory = new
         outputs.append(y)
-    return torch.stack(outputs, dim=1), state
+    return tokens_of_rows(outputs, v), memory.view_as(state)

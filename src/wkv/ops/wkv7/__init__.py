@@ -47,15 +47,11 @@ def wkv7(
     argument, the initial and the final state included. InputError, StateError, BackendError.
     """
     B, T, H, K = r.shape
-    keys, values = (B, T, H, K), (B, T, H, v.shape[-1])
+    V = v.shape[-1]
     check_lengths("wkv7", lengths, B, T)
-    check_shapes(
-        "wkv7",
-        {
-            "log_w": (log_w, keys), "k": (k, keys), "kappa": (kappa, keys), "a": (a, keys), "v": (v, values),
-            "state": (state, (B, H, v.shape[-1], K)),
-        },
-    )  # fmt: skip
+    check_shapes("wkv7", (B, T, H, K), log_w=log_w, k=k, kappa=kappa, a=a)
+    check_shapes("wkv7", (B, T, H, V), v=v)
+    check_shapes("wkv7", (B, H, V, K), state=state)
     dtype = sum_dtype(r, v)
     check_state_dtype("wkv7", state, dtype)
     r, log_w, k, v, kappa, a = cast(dtype, r, log_w, k, v, kappa, a)

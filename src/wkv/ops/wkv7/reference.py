@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common import rows_of_tokens, tokens_of_rows
+
 
 def run(
     r: Tensor,
@@ -21,16 +23,17 @@ def run(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `wkv7`; every tensor already has the dtype of the sums."""
-    tokens = zip(*(x.unsqueeze(-2).unbind(1) for x in (r, log_w.exp(), k, v, kappa, kappa * a)), strict=True)
+    memory = state.flatten(0, 1)  # (B * H, V, K)
+    tokens = zip(*map(rows_of_tokens, (r, log_w.exp(), k, v, kappa, kappa * a)), strict=True)
     outputs = []
-    for t, (r_t, w_t, k_t, v_t, kappa_t, rate_t) in enumerate(tokens):  # rows: (B, H, 1, K or V)
-        removed = kappa_t @ state.mT  # what the memory holds under kappa
-        new = torch.addcmul(state * w_t, removed.mT, rate_t, value=-1)
-        new = torch.addcmul(new, v_t.mT, k_t)
-        y = (r_t @ new.mT).squeeze(-2)
+    for t, (r_t, w_t, k_t, v_t, kappa_t, rate_t) in enumerate(tokens):
+        removed = torch.bmm(kappa_t, memory.mT)  # what the memory holds under kappa
+        # In place on a result that autograd does not keep: one new memory per token instead of three.
+        new = (memory * w_t).addcmul_(removed.mT, rate_t, value=-1).addcmul_(v_t.mT, k_t)
+        y = torch.bmm(r_t, new.mT)
         if lengths is not None:
-            going_on = (t < lengths)[:, None, None]
-            y, new = torch.where(going_on, y, 0), torch.where(going_on[..., None], new, state)
-        state = new
+            going_on = (t < lengths).repeat_interleave(r.shape[2])[:, None, None]
+            y, new = torch.where(going_on, y, 0), torch.where(going_on, new, memory)
+        memory = new
         outputs.append(y)
-    return torch.stack(outputs, dim=1), state
+    return tokens_of_rows(outputs, v), memory.view_as(state)
