@@ -97,7 +97,7 @@ def scale_of(name: str, state: Tensor) -> Tensor | float:
 
 
 def meaning(name: str, result: tuple[Tensor, Tensor], scale: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """What a result says. wkv4's state means aa e^pp and bb e^pp (here over e^scale): pp alone is arbitrary."""
+    """What a result says. wkv4's state means aa e^pp and bb e^pp (here over e^scale)."""
     y, state = result
     if name != "wkv4":
         return y, state

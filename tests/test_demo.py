@@ -91,6 +91,7 @@ def test_every_generation_trains_saves_reports_and_writes(
     # The completion is streamed to stdout, recurrent, and kept in the report.
     completion = shown.out.removeprefix("\n").split("\n\n  bits per byte")[0]
     assert completion.startswith("def ") and len(completion) > 30
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", completion)  # commands to the terminal
     assert "\n".join(f"    {line}" for line in completion.split("\n")) in text
     assert "next:" in shown.out and "report.md" in shown.out
     assert f"gzip -9: {figures.gzip:.2f} bits/byte" in shown.err

@@ -469,7 +469,7 @@ def test_every_flipped_bit_in_a_state_file_is_noticed(tmp_path):
             pytest.fail(f"bit {bit} was not noticed")
 
 
-@pytest.mark.parametrize("step", [101, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [101, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_every_flipped_bit_in_a_model_of_ours_is_noticed(tmp_path, step):
     path = tmp_path / "model.safetensors"
     torch.save(random_official("4", **TINY), tmp_path / "1.pth")

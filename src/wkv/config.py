@@ -118,6 +118,14 @@ class RWKV5Config(HeadsConfig):
     minor: Literal[0, 1, 2] = 2
     bonus: Literal["time_faaaa", "time_first"] = "time_faaaa"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.minor == 2 and self.bonus == "time_first":
+            raise ConfigError(
+                "RWKV-5.2 with bonus='time_first' is ambiguous: programs disagree whether it is u or log u",
+                "bonus='time_faaaa'",
+            )
+
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         name: dict(
             vocab_size=WORLD_VOCABULARY, n_layer=n_layer, n_embd=width, dim_att=width,

@@ -206,9 +206,16 @@ def _write(model: RWKV, tokenizer: Tokenizer, max_tokens: int, seed: int) -> Ite
 
     session = Session(model, tokenizer)
     session.feed(PROMPT)
+    unprintable = {byte: -1e10 for byte in [*range(32), 127] if byte not in b"\t\n"}  # commands to a terminal
     # No penalties: they are made for words, and would soon forbid the letters of a byte-level model.
     return session.stream(
-        max_tokens, temperature=TEMPERATURE, top_p=0.9, presence_penalty=0, frequency_penalty=0, seed=seed
+        max_tokens,
+        temperature=TEMPERATURE,
+        top_p=0.9,
+        presence_penalty=0,
+        frequency_penalty=0,
+        logit_bias=unprintable,
+        seed=seed,
     )
 
 
