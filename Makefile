@@ -8,13 +8,13 @@ READY  := $(VENV)/.ready
 .PHONY: demo test test-slow check bench clean
 
 demo: $(READY)            ## train a small RWKV on the source code of this Python, then let it write
-	$(RUN) -m wkv demo --arch $(ARCH)
+	$(VENV)/bin/wkv demo --arch $(ARCH)
 
 test: check               ## format, lint, types and the quick tests: what a change must pass
-	$(RUN) -m pytest -q -n auto
+	$(RUN) -m pytest -q -n auto --dist worksteal
 
 test-slow: $(READY)       ## the tests that take minutes
-	$(RUN) -m pytest -q -n auto -m slow
+	$(RUN) -m pytest -q -n auto --dist worksteal -m slow
 
 check: $(READY)
 	$(RUN) -m ruff format --check --quiet .
