@@ -1,7 +1,6 @@
 """Sampling: the official distribution, the reasons to differ from it, and the same text for the same seed."""
 
 import math
-import time
 import warnings
 
 import numpy as np
@@ -334,16 +333,3 @@ def test_log_probabilities_are_those_of_the_raw_logits():
     assert [value for _, value in top] == pytest.approx([math.log(0.6), math.log(0.2)], abs=1e-6)
     assert log_probabilities(logits, 1, k=0)[1] == ()
     assert len(log_probabilities(logits, 1, k=99)[1]) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sure", "unsure"])
-def test_choosing_one_of_65536_tokens_takes_less_than_1_5_ms(kind):
-    logits = logits_like(kind, WORLD)
-    sampler = Sampler(Sampling(seed=0), WORLD)
-    times = []
-    for _ in range(100):
-        start = time.perf_counter()
-        sampler.record(sampler.pick(logits))
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.5e-3
