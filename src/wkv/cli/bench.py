@@ -155,8 +155,8 @@ def _free_memory(device: torch.device) -> int:
         return 4 * LARGEST_BUFFER  # not Linux: assume that a buffer of full size fits
 
 
-def _median_seconds(run: Callable[[], Any], device: torch.device, budget: float = 4.0) -> float:
-    """The median of as many runs as fit into budget seconds, at least 3, after one to warm up."""
+def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The median of as many runs as fit into BUDGET seconds, at least 3, after one to warm up."""
     run()
     times = [_seconds(run, device) for _ in range(3)]
     while sum(times) < BUDGET:

@@ -23,7 +23,7 @@ class Linear(nn.Linear):
     """`W x` with W [out, in], no bias. Weight decay applies, as to every `.weight` matrix of the recipe.
 
     In memory W lies as one row of x is multiplied fastest. On a CPU in float32 that is along its longer
-    axis (40 % faster for a head of 65 536 x 768); the short formats need whole rows (10 times faster).
+    axis (a head of 65 536 x 768: 7.4 ms, not 11.6); the short formats need whole rows (10 times faster).
     """
 
     def __init__(self, n_in: int, n_out: int, *, init: Init) -> None:

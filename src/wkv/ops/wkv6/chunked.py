@@ -193,10 +193,8 @@ def _like(x: Tensor, L: Tensor) -> Tensor:
 
 
 @_backward.register_fake
-def _(
-    dy: Tensor, dstate: Tensor, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, M: Tensor
-) -> list[Tensor]:
-    return [torch.empty_like(x) for x in (r, log_w, k, v, u, dstate)]
+def _(dy: Tensor, dstate: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return [torch.empty_like(x) for x in (*inputs[:-1], dstate)]  # the last is M
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
