@@ -870,13 +870,22 @@ class Terminal:
     def type(self, text):
         os.write(self.ours, text.encode())
 
-    def wait_for(self, pattern, seconds=60.0):
-        """Read until the pattern appears after the place of the last match."""
-        end = time.monotonic() + seconds
+    def wait_for(self, pattern, seconds=60.0, press=""):
+        """Read until the pattern appears after the place of the last match, pressing a key every few seconds.
+
+        A Ctrl-C between the moment the prompt is drawn and the moment that Python's `input` waits for a key is
+        noticed at the next key only (readline's select was not yet there to be interrupted): a person presses
+        again, and so does this.
+        """
+        end, next_press = time.monotonic() + seconds, 0.0
         while not (match := re.compile(pattern, re.DOTALL).search(self.seen, self.place)):
-            waiting = f"no {pattern!r} in {self.seen[self.place :]!r}"
-            assert select.select([self.ours], [], [], max(0, end - time.monotonic()))[0], waiting
-            self.seen += os.read(self.ours, 4096).decode(errors="replace")
+            now = time.monotonic()
+            assert now < end, f"no {pattern!r} in {self.seen[self.place :]!r}"
+            if now >= next_press:
+                self.type(press)
+                next_press = now + 3
+            if select.select([self.ours], [], [], 0.1)[0]:
+                self.seen += os.read(self.ours, 4096).decode(errors="replace")
         self.place = match.end()
 
     def close(self):
@@ -891,10 +900,8 @@ def test_a_chat_in_a_real_terminal(folder):
         terminal.wait_for(r"/help.*> ")
         terminal.type("hello\n")
         terminal.wait_for(r"hello\r\n.{9}")  # the answer has begun
-        terminal.type("\x03")
-        terminal.wait_for(r"tokens, [\d.]+/s; stopped.*> ")
-        terminal.type("\x03")
-        terminal.wait_for(r"/quit or Ctrl-D.*> ")
+        terminal.wait_for(r"tokens, [\d.]+/s; stopped.*> ", press="\x03")
+        terminal.wait_for(r"/quit or Ctrl-D.*> ", press="\x03")
         terminal.type("/set max_tokens 4\n")
         terminal.wait_for(r"max_tokens 4\r\n.*> ")
         terminal.type("again\n")
