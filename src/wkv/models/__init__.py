@@ -7,12 +7,25 @@ import torch
 from ..config import Config
 from .base import RWKV
 from .recipe import Recipe, initialize
-from .rwkv4 import RWKV4
-from .rwkv5 import RWKV5
-from .rwkv6 import RWKV6
-from .rwkv7 import RWKV7
+from .rwkv4 import RWKV4, RWKV4Block
+from .rwkv5 import RWKV5, RWKV5Block
+from .rwkv6 import RWKV6, RWKV6Block
+from .rwkv7 import RWKV7, RWKV7Block
 
-__all__ = ["RWKV", "RWKV4", "RWKV5", "RWKV6", "RWKV7", "Recipe", "build", "initialize"]
+__all__ = [
+    "RWKV",
+    "RWKV4",
+    "RWKV5",
+    "RWKV6",
+    "RWKV7",
+    "RWKV4Block",
+    "RWKV5Block",
+    "RWKV6Block",
+    "RWKV7Block",
+    "Recipe",
+    "build",
+    "initialize",
+]
 
 _MODELS: dict[int, type[RWKV]] = {4: RWKV4, 5: RWKV5, 6: RWKV6, 7: RWKV7}
 

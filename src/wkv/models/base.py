@@ -15,9 +15,12 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import Config
 from ..errors import InputError, StateError
+from ..ops import Segments
+from ..ops.common import sum_dtype
 from ..state import LayerState, State
 from . import layers, recipe
 from .layers import Embedding, Linear
@@ -27,33 +30,72 @@ Output = Literal["logits", "last", "hidden"]
 
 
 class Block(nn.Module):
-    """Time mix and channel mix, each behind a norm and added to the residual stream."""
+    """Time mix and channel mix, each behind a norm and added to the residual stream.
 
-    att: Any  # TimeMix and ChannelMix of the generation: each has its own forward
-    ffn: Any
+    `RWKV4Block` ... `RWKV7Block` also work in a network of any other kind, for vectors x (B, T, D):
 
-    def __init__(self, config: Config, layer: int, att: nn.Module, ffn: nn.Module) -> None:
+        blocks = nn.ModuleList(RWKV7Block(config, layer) for layer in range(config.n_layer))
+        ...
+        v_first = None
+        for block in blocks:
+            x, v_first, _ = block(x, v_first)
+
+    Their weights start as the recipe of that layer says, and `wkv.parameter_groups` finds the rest of it.
+    """
+
+    parts: ClassVar[tuple[type[Any], type[Any]]]  # (TimeMix, ChannelMix): each has its own forward
+
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        if layer == 0:
-            self.ln0 = layers.norm(config)
+        time_mix, channel_mix = self.parts
+        self.ln0 = layers.norm(config) if layer == 0 else None
         self.ln1 = layers.norm(config)
         self.ln2 = layers.norm(config)
-        self.att = att
-        self.ffn = ffn
+        self.att = time_mix(config, layer)
+        self.ffn = channel_mix(config, layer)
+        if self.ln1.weight.device.type != "meta":
+            recipe.initialize(self, seed=layer)
+
+    def initial_state(self, batch_size: int = 1) -> LayerState:
+        """The state before the first token: zeros, or a tuned `time_state` where the block has one."""
+        weight = self.ln1.weight
+        # Not weight.new_zeros: weights may be sharded over processes, states are not.
+        shift = torch.zeros(batch_size, len(weight), dtype=weight.dtype, device=weight.device)
+        like = torch.empty((), dtype=sum_dtype(weight), device=weight.device)
+        return LayerState(shift, self.att.initial_memory(batch_size, like), shift)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: LayerState, lengths: Tensor | None
+        self,
+        x: Tensor,
+        v_first: Tensor | None = None,
+        state: LayerState | None = None,
+        segments: Segments | None = None,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
-        mixed, v_first, att_shift, memory = self.time_mix(self.ln1(x), v_first, state, lengths)
+        """Return x (B, T, D) after the block, the values of layer 0 (None before RWKV-7), the new state.
+
+        v_first   what the block before returned, None for layer 0
+        state     what a call before returned, or None for a fresh start
+        segments  padding, and sequences that start within a row: `Segments.of(starts, lengths)`
+        """
+        if state is None:
+            state = self.initial_state(len(x))
+        if self.ln0 is not None:
+            x = self.ln0(x)
+        if segments is not None and segments.starts is not None:
+            fresh = self.att.initial_memory(1, state.memory)
+            state = state._replace(memory=segments.initial(state.memory, fresh))
+        mixed, v_first, att_shift, memory = self.time_mix(self.ln1(x), v_first, state, segments)
+        if segments is not None:
+            memory = segments.final(memory)
         x = x + mixed
-        mixed, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, lengths)
+        mixed, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, segments)
         return x + mixed, v_first, LayerState(att_shift, memory, ffn_shift)
 
     def time_mix(
-        self, x: Tensor, v_first: Tensor | None, state: LayerState, lengths: Tensor | None
+        self, x: Tensor, v_first: Tensor | None, state: LayerState, segments: Segments | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """What to add to the residual, RWKV-7's v_first (None before it), the newest input, the memory."""
-        out, last, memory = self.att(x, state.att_shift, state.memory, lengths)
+        out, last, memory = self.att(x, state.att_shift, state.memory, segments)
         return out, None, last, memory
 
 
@@ -65,21 +107,18 @@ class RWKV(nn.Module):
     (`wkv.build`); on the meta device they take no memory until a checkpoint gives them theirs.
     """
 
-    block: ClassVar[type[Block]] = Block
-    parts: ClassVar[tuple[type[Any], type[Any]]]  # (TimeMix, ChannelMix)
+    block: ClassVar[type[Block]]
     embedding_bound: ClassVar[float] = 1e-4
 
     def __init__(self, config: Config, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # whether blocks are computed again for the gradients, to save memory
         V, D = config.vocab_size, config.n_embd
-        time_mix, channel_mix = self.parts
         self.emb = Embedding(V, D, init=uniform(self.embedding_bound))
-        self.blocks = nn.ModuleList(
-            self.block(config, i, time_mix(config, i), channel_mix(config, i)) for i in range(config.n_layer)
-        )
+        self.blocks = nn.ModuleList(self.block(config, layer) for layer in range(config.n_layer))
         self.ln_out = layers.norm(config)
-        self.head = Linear(D, V, init=orthogonal(0.5, tall=True))
+        self.head = Linear(D, V, init=orthogonal(0.5, tall=True), muon=False)
         if self.device.type != "meta":
             self.initialize(seed)
 
@@ -94,7 +133,7 @@ class RWKV(nn.Module):
     @property
     def memory_dtype(self) -> torch.dtype:
         """float32 whatever the weights are, unless they are float64."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return sum_dtype(self.emb.weight)
 
     def initialize(self, seed: int = 0) -> None:
         """Fill all weights from their recipes, in place; the same seed gives the same weights."""
@@ -102,10 +141,7 @@ class RWKV(nn.Module):
 
     def initial_state(self, batch_size: int = 1) -> State:
         """The state before the first token: zeros, or a tuned `time_state` where the model has one."""
-        shift = torch.zeros(batch_size, self.config.n_embd, dtype=self.dtype, device=self.device)
-        like = torch.empty((), dtype=self.memory_dtype, device=self.device)
-        memories = (block.att.initial_memory(batch_size, like) for block in self._blocks())
-        return State(tuple(LayerState(shift, memory, shift) for memory in memories))
+        return State(tuple(block.initial_state(batch_size) for block in self._blocks()))
 
     def forward(
         self,
@@ -113,6 +149,7 @@ class RWKV(nn.Module):
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
+        starts: Tensor | None = None,
         output: Output = "logits",
     ) -> tuple[Tensor, State]:
         """Read tokens; return what follows them and the state that remembers them.
@@ -121,27 +158,35 @@ class RWKV(nn.Module):
         state    what a call before returned, or None for a fresh start; it is not changed
         lengths  (B,) int64 in 1..T: row b's tokens beyond lengths[b] are padding. Its logits before that
                  and its state are those of the row alone
+        starts   (B, T) bool: the state before this token is fresh, as for a new call, the token shift
+                 included. So rows may hold several documents, each of which is read as if alone: the row's
+                 state belongs to what stands before its first start, the new State to its last document
         output   "logits"  (B, T, V) for every position
                  "last"    (B, 1, V) for each row's last token only: a prompt need not pay for the head
                  "hidden"  (B, T, D) the vectors before the head
         returns  the output, in the weights' dtype, and the new State
 
-        Gradients reach the parameters, and the initial and the final state. InputError for tokens or
-        lengths out of range, StateError for a state of another model, batch size, dtype or device.
+        Gradients reach the parameters, and the initial and the final state. InputError for tokens, lengths
+        or starts out of range, StateError for a state of another model, batch size, dtype or device.
         """
-        self._check_tokens(tokens, lengths)
+        self._check_tokens(tokens, lengths, starts)
         B, T = tokens.shape
         if state is None:
             state = self.initial_state(B)
         else:
             self.check_state(state, B)
 
+        segments = None if lengths is None and starts is None else Segments.of(starts, lengths)
         x, v_first = self.emb(tokens), None
         new_layers = []
-        for i, (block, layer) in enumerate(zip(self._blocks(), state.layers, strict=True)):
-            if i == 0:
-                x = block.ln0(x)
-            x, v_first, layer = block(x, v_first, layer, lengths)
+        recompute = self.recompute and torch.is_grad_enabled()
+        for block, layer in zip(self._blocks(), state.layers, strict=True):
+            if recompute:
+                x, v_first, layer = checkpoint(
+                    block, x, v_first, layer, segments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, v_first, layer = block(x, v_first, layer, segments)
             new_layers.append(layer)
 
         if output == "last" and T > 1:
@@ -196,7 +241,7 @@ class RWKV(nn.Module):
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
 
-    def _check_tokens(self, tokens: Tensor, lengths: Tensor | None) -> None:
+    def _check_tokens(self, tokens: Tensor, lengths: Tensor | None, starts: Tensor | None) -> None:
         if tokens.dtype != torch.int64 or tokens.ndim != 2:
             raise InputError(
                 f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}",
@@ -206,6 +251,10 @@ class RWKV(nn.Module):
         B, T = tokens.shape
         if not B or not T:
             raise InputError(f"tokens has shape {(B, T)}", "at least one row and one token")
+        if starts is not None and (starts.dtype != torch.bool or starts.shape != (B, T)):
+            raise InputError(
+                f"starts is {starts.dtype} of shape {tuple(starts.shape)}", f"bool of shape {(B, T)}"
+            )
         if torch.compiler.is_compiling():
             return
         lowest, highest = (int(x) for x in torch.aminmax(tokens))

@@ -26,9 +26,9 @@ class Linear(nn.Linear):
     axis (a head of 65 536 x 768: 7.4 ms, not 11.6); the short formats need whole rows (10 times faster).
     """
 
-    def __init__(self, n_in: int, n_out: int, *, init: Init) -> None:
+    def __init__(self, n_in: int, n_out: int, *, init: Init, muon: bool = True) -> None:
         super().__init__(n_in, n_out, bias=False)
-        self.recipes = {"weight": Recipe(init, decay=True)}
+        self.recipes = {"weight": Recipe(init, decay=True, muon=muon)}
         self._lay_out()
 
     def reset_parameters(self) -> None:

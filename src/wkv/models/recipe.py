@@ -31,6 +31,7 @@ class Recipe:
     init: Init
     lr: float = 1.0  # multiple of the scheduled learning rate
     decay: bool = False  # whether weight decay applies
+    muon: bool = False  # a matrix between hidden vectors, which Muon may step
 
 
 class Layer(nn.Module):
@@ -64,15 +65,23 @@ def initialize(module: nn.Module, seed: int = 0) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for child in module.modules():
-        for name, recipe in getattr(child, "recipes", {}).items():
+        recipes: dict[str, Recipe] | None = getattr(child, "recipes", None)
+        if recipes is None:
+            continue  # somebody else's module, with values of its own
+        for name, recipe in recipes.items():
             tensor = child.get_parameter(name)
             tensor.copy_(recipe.init(tuple(tensor.shape), generator))
         for buffer in child.buffers(recurse=False):
             buffer.zero_()
 
 
+def _empty(shape: Shape) -> Tensor:
+    """float32 on the CPU, whatever default dtype and device the program has set."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def constant(value: float) -> Init:
-    return lambda shape, generator: torch.full(shape, float(value))
+    return lambda shape, generator: _empty(shape).fill_(value)
 
 
 zeros, ones = constant(0), constant(1)
@@ -80,7 +89,7 @@ zeros, ones = constant(0), constant(1)
 
 def uniform(bound: float) -> Init:
     """U(-bound, bound)."""
-    return lambda shape, generator: torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return lambda shape, generator: _empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def orthogonal(gain: float = 1.0, tall: bool = False) -> Init:
@@ -89,14 +98,19 @@ def orthogonal(gain: float = 1.0, tall: bool = False) -> Init:
     def fill(shape: Shape, generator: Generator) -> Tensor:
         rows, columns = shape
         scale = math.sqrt(rows / columns) if tall and rows > columns else 1.0
-        return nn.init.orthogonal_(torch.empty(shape), gain * scale, generator=generator)
+        return nn.init.orthogonal_(_empty(shape), gain * scale, generator=generator)
 
     return fill
 
 
 def per_channel(values: Callable[[Tensor], Tensor]) -> Init:
     """`values(n)` of the channel numbers n = 0, 1, ..., laid out in the parameter's shape."""
-    return lambda shape, generator: values(torch.arange(math.prod(shape), dtype=torch.float32)).reshape(shape)
+
+    def fill(shape: Shape, generator: Generator) -> Tensor:
+        n = torch.arange(math.prod(shape), dtype=torch.float32, device="cpu")
+        return values(n).reshape(shape)
+
+    return fill
 
 
 def depth(layer: int, n_layer: int) -> tuple[float, float]:

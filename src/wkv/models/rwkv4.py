@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ..config import RWKV4Config
-from ..ops import token_shift, wkv4
+from ..ops import Segments, token_shift, wkv4
 from ..ops.wkv4 import EMPTY
-from .base import RWKV
+from .base import RWKV, Block
 from .layers import Linear, activation
 from .recipe import Layer, depth, orthogonal, parameter, per_channel, zeros
 
@@ -64,17 +64,17 @@ class TimeMix(Layer):
         return memory
 
     def forward(
-        self, x_BTD: Tensor, last_BD: Tensor, memory_B3A: Tensor, lengths: Tensor | None
+        self, x_BTD: Tensor, last_BD: Tensor, memory_B3A: Tensor, segments: Segments | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixed tokens, and what the next call needs: last_BD, memory_B3A."""
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, lengths)
+        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
         k = self.key(torch.lerp(before_BTD, x_BTD, self.time_mix_k))
         v = self.value(torch.lerp(before_BTD, x_BTD, self.time_mix_v))
         r = torch.sigmoid(self.receptance(torch.lerp(before_BTD, x_BTD, self.time_mix_r)))
 
         # float32: an exponential of an exponential of the parameter, which bfloat16 would round to steps.
         log_w = -torch.exp(self.time_decay.to(memory_B3A.dtype))
-        wkv, memory_B3A = wkv4(log_w, self.time_first, k, v, memory_B3A, lengths=lengths)
+        wkv, memory_B3A = wkv4(log_w, self.time_first, k, v, memory_B3A, segments=segments)
         return self.output(r * wkv.to(r.dtype)), last_BD, memory_B3A
 
 
@@ -89,15 +89,19 @@ class ChannelMix(Layer):
         self.receptance = Linear(D, D, init=zeros)
         self.value = Linear(config.dim_ffn, D, init=zeros)
 
-    def forward(self, x_BTD: Tensor, last_BD: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, lengths)
+    def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
+        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
         hidden = self.key(torch.lerp(before_BTD, x_BTD, self.time_mix_k))
         gate = torch.sigmoid(self.receptance(torch.lerp(before_BTD, x_BTD, self.time_mix_r)))
         return gate * self.value(activation(self.config, hidden)), last_BD
 
 
+class RWKV4Block(Block):
+    parts = (TimeMix, ChannelMix)
+
+
 class RWKV4(RWKV):
     """An RWKV-4 language model; `RWKV` documents the call."""
 
-    parts = (TimeMix, ChannelMix)
+    block = RWKV4Block
     embedding_bound = 6e-4  # the official trainer takes its initial learning rate, by default this

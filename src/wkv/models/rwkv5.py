@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import RWKV5Config
-from ..ops import token_shift, wkv5
-from .base import RWKV
+from ..ops import Segments, token_shift, wkv5
+from .base import RWKV, Block
 from .layers import HeadNorm, Linear, MatrixMemory, activation
 from .recipe import Layer, constant, depth, orthogonal, parameter, per_channel, zeros
 
@@ -77,17 +77,17 @@ class TimeMix(MatrixMemory):
         )
 
     def forward(
-        self, x_BTD: Tensor, last_BD: Tensor, memory_BHVK: Tensor, lengths: Tensor | None
+        self, x_BTD: Tensor, last_BD: Tensor, memory_BHVK: Tensor, segments: Segments | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixed tokens, and what the next call needs: last_BD, memory_BHVK."""
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, lengths)
+        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
         r = self.receptance(torch.lerp(before_BTD, x_BTD, self.time_mix_r))
         k = self.key(torch.lerp(before_BTD, x_BTD, self.time_mix_k))
         v = self.value(torch.lerp(before_BTD, x_BTD, self.time_mix_v))
 
         log_w_HK, u_HK = self.decay_and_bonus(memory_BHVK.dtype)
         y, memory_BHVK = wkv5(
-            self.heads(r), log_w_HK, self.heads(k), self.heads(v), u_HK, memory_BHVK, lengths=lengths
+            self.heads(r), log_w_HK, self.heads(k), self.heads(v), u_HK, memory_BHVK, segments=segments
         )
         y = self.ln_x(y).to(x_BTD.dtype).view_as(r)
         if self.has_gate:
@@ -113,14 +113,18 @@ class ChannelMix(Layer):
         self.receptance = Linear(D, D, init=zeros)
         self.value = Linear(config.dim_ffn, D, init=zeros)
 
-    def forward(self, x_BTD: Tensor, last_BD: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, lengths)
+    def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
+        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
         hidden = self.key(torch.lerp(before_BTD, x_BTD, self.time_mix_k))
         gate = torch.sigmoid(self.receptance(torch.lerp(before_BTD, x_BTD, self.time_mix_r)))
         return gate * self.value(activation(self.config, hidden)), last_BD
 
 
+class RWKV5Block(Block):
+    parts = (TimeMix, ChannelMix)
+
+
 class RWKV5(RWKV):
     """An RWKV-5 language model (5.0, 5.1 or 5.2); `RWKV` documents the call."""
 
-    parts = (TimeMix, ChannelMix)
+    block = RWKV5Block

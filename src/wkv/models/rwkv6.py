@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import RWKV6Config
-from ..ops import token_shift, wkv6
-from .base import RWKV
+from ..ops import Segments, token_shift, wkv6
+from .base import RWKV, Block
 from .layers import HeadNorm, Linear, MatrixMemory, activation
 from .recipe import Layer, constant, depth, orthogonal, parameter, per_channel, uniform, zeros
 
@@ -75,10 +75,10 @@ class TimeMix(MatrixMemory):
         )
 
     def forward(
-        self, x_BTD: Tensor, last_BD: Tensor, memory_BHVK: Tensor, lengths: Tensor | None
+        self, x_BTD: Tensor, last_BD: Tensor, memory_BHVK: Tensor, segments: Segments | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixed tokens, and what the next call needs: last_BD, memory_BHVK."""
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, lengths)
+        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
         d_BTD = before_BTD - x_BTD
         low_rank = torch.tanh((x_BTD + d_BTD * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))
         m_w, m_k, m_v, m_r, m_g = torch.einsum("BTsr,srD->sBTD", low_rank, self.time_maa_w2)
@@ -95,7 +95,7 @@ class TimeMix(MatrixMemory):
 
         y, memory_BHVK = wkv6(
             self.heads(r), self.heads(log_w), self.heads(k), self.heads(v),
-            self.time_faaaa, memory_BHVK, lengths=lengths,
+            self.time_faaaa, memory_BHVK, segments=segments,
         )  # fmt: skip
         return self.output(self.ln_x(y).to(g.dtype).view_as(g) * g), last_BD, memory_BHVK
 
@@ -111,14 +111,18 @@ class ChannelMix(Layer):
         self.receptance = Linear(D, D, init=zeros)
         self.value = Linear(config.dim_ffn, D, init=zeros)
 
-    def forward(self, x_BTD: Tensor, last_BD: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, lengths)
+    def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
+        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
         hidden = self.key(torch.lerp(x_BTD, before_BTD, self.time_maa_k))
         gate = torch.sigmoid(self.receptance(torch.lerp(x_BTD, before_BTD, self.time_maa_r)))
         return gate * self.value(activation(self.config, hidden)), last_BD
 
 
+class RWKV6Block(Block):
+    parts = (TimeMix, ChannelMix)
+
+
 class RWKV6(RWKV):
     """An RWKV-6 language model (x060); `RWKV` documents the call."""
 
-    parts = (TimeMix, ChannelMix)
+    block = RWKV6Block

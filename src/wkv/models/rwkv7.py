@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..config import RWKV7Config
-from ..ops import token_shift, wkv7
+from ..ops import Segments, token_shift, wkv7
 from ..state import LayerState
 from .base import RWKV, Block
 from .layers import HeadNorm, Linear, MatrixMemory, activation
@@ -102,11 +102,11 @@ class TimeMix(MatrixMemory):
         v_first: Tensor | None,
         last_BD: Tensor,
         memory_BHVK: Tensor,
-        lengths: Tensor | None,
+        segments: Segments | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the mixed tokens, layer 0's values, and what the next call needs: last_BD, memory_BHVK."""
         B, T, D = x_BTD.shape
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, lengths)
+        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
         mixes = torch.cat((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
         # From here to the heads every token is a row of its own: (B * T, D) or (B * T, A).
         xr, xw, xk, xv, xa, xg = torch.lerp(x_BTD.reshape(-1, D), before_BTD.reshape(-1, D), mixes).unbind()
@@ -115,21 +115,21 @@ class TimeMix(MatrixMemory):
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         d = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
         log_w = torch.sigmoid(d.to(memory_BHVK.dtype)) * -math.exp(-0.5)
-        a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
+        a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2).to(k.dtype)  # autocast makes products shorter
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         if v_first is None:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2))
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2).to(v.dtype))
 
         # Remember: heads apart, (B, T, H, K) for keys and (B, T, H, V) for values.
         heads = (B, T, *self.memory_shape[:2])
         kappa = (k * self.k_k).view(heads)
         kappa = kappa / torch.linalg.vector_norm(kappa, dim=-1, keepdim=True).clamp_min(1e-12)
-        k = torch.lerp(k, k * a, self.k_a)  # k (1 + (a - 1) k_a) in two steps instead of four
+        k = torch.lerp(k, k * a, self.k_a.to(k.dtype))  # k (1 + (a - 1) k_a) in two steps instead of four
         r, k, v_BTHV = r.view(heads), k.view(heads), v.view(heads)
         y, memory_BHVK = wkv7(
-            r, log_w.view(heads), k, v_BTHV, kappa, a.view(heads), memory_BHVK, lengths=lengths
+            r, log_w.view(heads), k, v_BTHV, kappa, a.view(heads), memory_BHVK, segments=segments
         )
 
         # Answer: back to rows.
@@ -147,17 +147,19 @@ class ChannelMix(Layer):
         self.key = Linear(D, config.dim_ffn, init=orthogonal())
         self.value = Linear(config.dim_ffn, D, init=zeros)
 
-    def forward(self, x_BTD: Tensor, last_BD: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, lengths)
+    def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
+        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
         hidden = self.key(torch.lerp(x_BTD, before_BTD, self.x_k))
         return self.value(activation(self.config, hidden)), last_BD
 
 
 class RWKV7Block(Block):
+    parts = (TimeMix, ChannelMix)
+
     def time_mix(
-        self, x: Tensor, v_first: Tensor | None, state: LayerState, lengths: Tensor | None
+        self, x: Tensor, v_first: Tensor | None, state: LayerState, segments: Segments | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        out, v_first, last, memory = self.att(x, v_first, state.att_shift, state.memory, lengths)
+        out, v_first, last, memory = self.att(x, v_first, state.att_shift, state.memory, segments)
         return out, v_first, last, memory
 
 
@@ -165,4 +167,3 @@ class RWKV7(RWKV):
     """An RWKV-7 language model; `RWKV` documents the call."""
 
     block = RWKV7Block
-    parts = (TimeMix, ChannelMix)

@@ -2,6 +2,7 @@
 
     wkv4, wkv5, wkv6, wkv7    the time mixing of each generation
     token_shift               each token's predecessor, carried from call to call
+    Segments                  several sequences in one row, each with a state of its own
     explain, use_backend      which implementation runs, and why
 
 Usable without any model: tensors in, tensors and a new state out, gradients through both.
@@ -17,13 +18,14 @@ from . import wkv5 as _wkv5
 from . import wkv6 as _wkv6
 from . import wkv7 as _wkv7
 from .dispatch import Call, Operator, use_backend
+from .segments import Segments
 from .token_shift import token_shift
 from .wkv4 import wkv4
 from .wkv5 import wkv5
 from .wkv6 import wkv6
 from .wkv7 import wkv7
 
-__all__ = ["OPERATORS", "explain", "token_shift", "use_backend", "wkv4", "wkv5", "wkv6", "wkv7"]
+__all__ = ["OPERATORS", "Segments", "explain", "token_shift", "use_backend", "wkv4", "wkv5", "wkv6", "wkv7"]
 
 OPERATORS: dict[str, Operator] = {
     module.OPERATOR.name: module.OPERATOR for module in (_wkv4, _wkv5, _wkv6, _wkv7)

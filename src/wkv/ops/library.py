@@ -6,12 +6,32 @@ token of a program that compiles nothing. This goes through the plain registry.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 _REGISTRY = torch.library.Library("wkv", "DEF")
+
+
+def without_autocast(function: Function) -> Function:
+    """Decorator: `function`, whose first argument is a tensor, keeps the dtypes that it is given.
+
+    Autocast reaches into every call, and would round the products in a sum that is float32 on purpose.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        device = arguments[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*arguments)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return cast(Function, call)
 
 
 class TorchOperator:
@@ -19,7 +39,7 @@ class TorchOperator:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         _REGISTRY.define(name + torch.library.infer_schema(function, mutates_args=()))
-        _REGISTRY.impl(name, function, "CompositeExplicitAutograd")
+        _REGISTRY.impl(name, without_autocast(function), "CompositeExplicitAutograd")
         self._name = f"wkv::{name}"
         self._call = getattr(torch.ops.wkv, name).default
 

@@ -1,6 +1,8 @@
 """The token shift: every position sees its predecessor (all generations).
 
-shifted_t = x_{t-1},   x_{-1} = the newest input of the call before (zeros at the start)
+shifted_t = x_{t-1},   x_{-1} = the newest input of the call before
+
+It is zero before the first token of a sequence.
 """
 
 from __future__ import annotations
@@ -9,16 +11,25 @@ import torch
 from torch import Tensor
 
 from .common import check_lengths, check_shapes
+from .segments import Segments
 
 
-def token_shift(x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def token_shift(
+    x: Tensor, last: Tensor, lengths: Tensor | None = None, *, segments: Segments | None = None
+) -> tuple[Tensor, Tensor]:
     """Return each token's predecessor and the input to carry into the next call.
 
-    x        (B, T, D)
-    last     (B, D), the newest input of the call before, dtype of x
-    lengths  (B,) int64, valid tokens per row, or None for all T
-    returns  shifted (B, T, D) and the new `last` (B, D): row b's x at lengths[b] - 1
+    x         (B, T, D)
+    last      (B, D), the newest input of the call before, dtype of x
+    lengths   (B,) int64, valid tokens per row, or None for all T
+    segments  sequences within the rows, in place of lengths: before the first token of each is zero
+    returns   shifted (B, T, D) and the new `last` (B, D): row b's x at lengths[b] - 1
     """
+    if segments is not None:
+        shifted, last = token_shift(x, last, segments.lengths)
+        if segments.starts is not None:
+            shifted = shifted.masked_fill(segments.starts[..., None], 0)
+        return shifted, last
     B, T, D = x.shape
     check_lengths("token_shift", lengths, B, T)
     check_shapes("token_shift", (B, D), state=last)

@@ -9,10 +9,13 @@ Source: Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", equa
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ..common import cast, check_lengths, check_shapes, check_state_dtype, make_call, sum_dtype
 from ..dispatch import Backend, Operator, never, short_sequence
+from ..segments import Segments
 from . import reference, scan
 from .reference import EMPTY
 
@@ -32,6 +35,7 @@ def wkv4(
     state: Tensor,
     *,
     lengths: Tensor | None = None,
+    segments: Segments | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Average the values read so far, weighted by e^key and faded by the decay.
@@ -40,12 +44,15 @@ def wkv4(
     k, v      (B, T, A) key and value; |k| may be large: no exponential of it is ever formed alone
     state     (B, 3, A) aa, bb, pp before the first token; float32, or float64 for float64 inputs
     lengths   (B,) int64 valid tokens per row, or None: later ones leave the state, and give 0
+    segments  sequences within the rows, in place of lengths; the states are then one per segment
     returns   wkv (B, T, A) and the state after each row's last token, both in the sums' dtype
 
     Sums are float32 whatever the inputs are. Any T >= 1. Gradients reach every argument; of a state they
     reach aa and bb, while pp is a scale that the result does not depend on and gets none.
     InputError, StateError, BackendError.
     """
+    if segments is not None:
+        return segments.each(partial(wkv4, log_w, u, backend=backend), (k, v), state, lengths)
     B, T, A = k.shape
     check_lengths("wkv4", lengths, B, T)
     check_shapes("wkv4", (A,), log_w=log_w, u=u)

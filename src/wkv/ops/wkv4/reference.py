@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..library import without_autocast
+
 EMPTY = -1e30  # pp of an empty sum: e^EMPTY is 0, and EMPTY + log_w stays finite
 
 
+@without_autocast
 def run(
     log_w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,13 @@ Source: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and D
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ..common import cast, check_lengths, check_shapes, check_state_dtype, make_call, sum_dtype
 from ..dispatch import Backend, Operator, never, short_sequence
+from ..segments import Segments
 from . import chunked, reference
 
 OPERATOR = Operator(
@@ -31,6 +34,7 @@ def wkv6(
     state: Tensor,
     *,
     lengths: Tensor | None = None,
+    segments: Segments | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read the memory, decay it and write to it, once per token.
@@ -40,11 +44,14 @@ def wkv6(
     u            (H, K) weight of the current token
     state        (B, H, V, K) the memory before the first token; float32, or float64 for float64
     lengths      (B,) int64 valid tokens per row, or None: later ones leave the state, and give 0
+    segments     sequences within the rows, in place of lengths; the states are then one per segment
     returns      y (B, T, H, V) and the memory after each row's last token, both in the sums' dtype
 
     Sums are float32 whatever the inputs are. Any T >= 1; gradients reach every argument, the initial and
     the final state included. InputError, StateError, BackendError.
     """
+    if segments is not None:
+        return segments.each(partial(wkv6, u=u, backend=backend), (r, log_w, k, v), state, lengths)
     B, T, H, K = r.shape
     check_shapes("wkv6", (B, T, H, K), log_w=log_w)
     return run(OPERATOR, r, log_w, k, v, u, state, lengths, backend)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..common import rows_of_tokens, tokens_of_rows
+from ..library import without_autocast
 
 
+@without_autocast
 def run(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:

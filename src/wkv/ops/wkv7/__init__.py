@@ -10,10 +10,13 @@ Source: Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution"
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ..common import cast, check_lengths, check_shapes, check_state_dtype, make_call, sum_dtype
 from ..dispatch import Backend, Operator, never, short_sequence
+from ..segments import Segments
 from . import chunked, reference
 
 OPERATOR = Operator(
@@ -32,6 +35,7 @@ def wkv7(
     state: Tensor,
     *,
     lengths: Tensor | None = None,
+    segments: Segments | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read, erase and write the memory once per token.
@@ -40,12 +44,15 @@ def wkv7(
     v                      (B, T, H, V) value
     state                  (B, H, V, K) the memory before the first token; float32, or float64 for float64
     lengths                (B,) int64 valid tokens per row, or None: later ones leave the state, and give 0
+    segments               sequences within the rows, in place of lengths; the states are then one per segment
     returns                y (B, T, H, V) and the memory after each row's last token, both in the sums' dtype
 
     log_w lies in [-exp(-1/2), 0], as the model guarantees; the chunked form relies on it. Sums are float32
     whatever the inputs are: the decay may be within 1e-4 of 1. Any T >= 1; gradients reach every
     argument, the initial and the final state included. InputError, StateError, BackendError.
     """
+    if segments is not None:
+        return segments.each(partial(wkv7, backend=backend), (r, log_w, k, v, kappa, a), state, lengths)
     B, T, H, K = r.shape
     V = v.shape[-1]
     check_lengths("wkv7", lengths, B, T)
