@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ...errors import InputError
 
 _LEFT_OUT = {
     # tests: ten times the library, and much of it data
