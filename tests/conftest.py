@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from scorecard import ScoreCard
 
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=20)
 settings.register_profile("thorough", deadline=None, max_examples=500)  # pytest --hypothesis-profile thorough
@@ -16,6 +17,11 @@ settings.load_profile("quick")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tensors live: cpu (default), cuda, cuda:1, ...")
+    parser.addoption("--scorecard", action="store_true", help="full counts, and the score card at the end")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(ScoreCard(config.getoption("--scorecard")))
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,7 @@ def test_every_example_of_the_help_is_a_valid_command_line(wkv_command, command)
     ]
     for tokens in examples:
         function, bound, _ = _app().parse_args(tokens, print_error=False, exit_on_error=False)
-        assert function.__name__ == command
+        assert function.__module__ == f"wkv.cli.{command}"
         assert bound is not None
 
 
@@ -871,11 +871,10 @@ class Terminal:
         os.write(self.ours, text.encode())
 
     def wait_for(self, pattern, seconds=60.0, press=""):
-        """Read until the pattern appears after the place of the last match, pressing a key every few seconds.
+        """Read until the pattern appears after the last match, pressing a key every few seconds.
 
-        A Ctrl-C between the moment the prompt is drawn and the moment that Python's `input` waits for a key is
-        noticed at the next key only (readline's select was not yet there to be interrupted): a person presses
-        again, and so does this.
+        A Ctrl-C that falls after the prompt is drawn and before Python's `input` waits is noticed at the
+        next key only (there was no select yet to interrupt): a person presses again, and so does this.
         """
         end, next_press = time.monotonic() + seconds, 0.0
         while not (match := re.compile(pattern, re.DOTALL).search(self.seen, self.place)):

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ import wkv
 from wkv import evaluation, plots, training
 from wkv.cli import demo as command
 from wkv.cli import main
-from wkv.training import Document, Progress
+from wkv.training import Document, Trainer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 RUN = [sys.executable, "-c", "import sys; from wkv.cli import main; sys.exit(main())", "demo"]
@@ -40,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch, corpus: list[Document]) -> None:
     monkeypatch.setattr(command, "COMPARED_TOKENS", 48)
     monkeypatch.setattr(command, "POSITIONS", (10, 700))
     ticks = itertools.count()  # every step takes 1/8 s, on whatever machine
-    monkeypatch.setattr("wkv.training.loop.perf_counter", lambda: next(ticks) / 8)
+    monkeypatch.setattr("wkv.training.trainer.perf_counter", lambda: next(ticks) / 8)
     monkeypatch.setattr(command, "SAMPLE_TOKENS", 8)
     monkeypatch.setattr(command, "COMPLETION_TOKENS", 90)
 
@@ -68,7 +67,8 @@ def test_every_generation_trains_saves_reports_and_writes(
     text = (out / "report.md").read_text(encoding="utf-8")
     report = table(text)
     figures = evaluation.measure_compression(unseen, primer=b"".join(document.text for document in read))
-    bits = training.bits_per_byte(model, [document.text for document in held_out])
+    documents = [training.as_tokens(document.text + b"\0") for document in held_out]
+    bits = training.validate(model, documents, separator=0, n_bytes=len(unseen)).bits_per_byte
     assert report["this model"] == f"{bits:.3f}"
     assert report["gzip -9"] == f"{figures.gzip:.3f}"
     assert report["xz -9"] == f"{figures.xz:.3f}"
@@ -106,23 +106,22 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_measure", lambda *_: figures)
 
 
-def interrupted_after(steps: int) -> Callable[..., Iterator[Progress]]:
-    honest = training.train
+def press_ctrl_c_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Trainer._gradients
 
-    def train(*args: object, **kwargs: object) -> Iterator[Progress]:
-        for number, progress in enumerate(honest(*args, **kwargs)):
-            if number == steps:
-                raise KeyboardInterrupt
-            yield progress
+    def gradients(trainer: Trainer, batch: training.data.Batch) -> object:
+        if trainer.progress.step == steps - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(trainer, batch)
 
-    return train
+    monkeypatch.setattr(Trainer, "_gradients", gradients)
 
 
 @pytest.mark.usefixtures("no_measuring")
 def test_ctrl_c_keeps_what_was_learnt_and_finishes_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "train", interrupted_after(4))
+    press_ctrl_c_after(4, monkeypatch)
     assert main(["demo", "--out", str(tmp_path)]) == 0
     model, _ = wkv.load(tmp_path / "model.safetensors")
     assert model.config.generation == 7
@@ -134,7 +133,7 @@ def test_ctrl_c_keeps_what_was_learnt_and_finishes_the_report(
 def test_ctrl_c_before_the_first_step_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "train", interrupted_after(0))
+    monkeypatch.setattr(Trainer, "_begin", lambda trainer: os.kill(os.getpid(), signal.SIGINT))
     assert main(["demo", "--out", str(tmp_path)]) == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -184,16 +183,20 @@ def test_a_terminal_gets_one_live_line(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
     monkeypatch.setenv("COLUMNS", "120")
-    steps = [Progress(i, 1024 * i, 0.9 * i, 0.005 * i, 2.0, 1.0) for i in range(1, 201)]
-    history = command._follow(iter(steps), 1.97, sample=lambda: "'def a[b]'")
+    history: list[command.Moment] = []
+    with command._display() as (show, say):
+        for i in range(1, 201):
+            history.append(command.Moment(i, 1024 * i, 0.9 * i, 0.005 * i, 2.0))
+            show(history[-1].done, command._progress_line(history, 1.97))
+            if i in (50, 100, 150):
+                say("it writes 'def a[b]'")
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capsys.readouterr().err)
-    assert history == steps
     assert "loss 2.000   2.89 bits/byte (gzip 1.97)   1,138 tokens/s   0:00 left" in shown
     assert shown.count("it writes 'def a[b]'\n") == 3
 
 
 def test_the_estimate_of_time_left_is_in_minutes_and_seconds() -> None:
-    line = command._progress_line([Progress(1, 1000, 60.0, 1 / 3, 1.0, 1.0)], 2.0)
+    line = command._progress_line([command.Moment(1, 1000, 60.0, 1 / 3, 1.0)], 2.0)
     assert line.endswith("2:00 left")
 
 

@@ -35,22 +35,21 @@ def test_the_python_of_the_readme_runs(code: str, workplace: Path) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
-def commands() -> list[str]:
-    lines = "\n".join(blocks("sh")).splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.startswith("wkv ")]
+def commands(block: str) -> list[str]:
+    return [line.split("#")[0].strip() for line in block.splitlines() if line.startswith("wkv ")]
 
 
-@pytest.mark.parametrize("command", commands())
-def test_the_commands_of_the_readme_run(
-    command: str, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("block", [*filter(commands, blocks("sh"))], ids=lambda block: commands(block)[0])
+def test_the_commands_of_the_readme_run_one_after_another(
+    block: str, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = shlex.split(command)[1:]
-    if arguments[0] == "chat":
-        monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
-    if arguments[0] == "bench":
-        pytest.skip("takes minutes by design; tests/test_cli.py runs it on a small scale")
-    assert main(arguments) == 0
-    assert arguments[0] in ("convert", "chat") or capsys.readouterr().out
+    monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))  # for chat
+    for command in commands(block):
+        arguments = shlex.split(command)[1:]
+        if arguments[0] == "bench":
+            continue  # takes minutes by design; tests/test_cli.py runs it on a small scale
+        assert main(arguments) == 0, command
+        assert arguments[0] in ("convert", "chat") or capsys.readouterr().out
 
 
 def test_the_two_commands_of_the_readme_are_targets_of_the_makefile() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .loading import load, save
     from .models import build
     from .state import State
+    from .training import TrainConfig, Trainer, parameter_groups
 
 __all__ = [
     "Error",
@@ -34,11 +35,14 @@ __all__ = [
     "Sampling",
     "Session",
     "State",
+    "TrainConfig",
+    "Trainer",
     "__version__",
     "build",
     "generate",
     "load",
     "ops",
+    "parameter_groups",
     "save",
 ]
 
@@ -51,9 +55,12 @@ _HOMES = {
     "Sampling": "inference",
     "Session": "inference",
     "State": "state",
+    "TrainConfig": "training",
+    "Trainer": "training",
     "build": "models",
     "generate": "inference",
     "load": "loading",
+    "parameter_groups": "training",
     "save": "loading",
 }
 

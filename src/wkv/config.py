@@ -55,6 +55,16 @@ class Config:
             f"{cls.__name__}(n_layer=..., n_embd=..., ...) for a size of your own",
         )
 
+    @classmethod
+    def of_size(cls, *, vocab_size: int, n_layer: int, n_embd: int, **overrides: Any) -> Self:
+        """A new model of any size, in the official proportions; keyword arguments replace fields."""
+        sizes = {"vocab_size": vocab_size, "n_layer": n_layer, "n_embd": n_embd, "dim_att": n_embd}
+        return cls(**{**sizes, **cls._proportions(n_embd), **overrides})
+
+    @classmethod
+    def _proportions(cls, n_embd: int) -> dict[str, int]:
+        return {"dim_ffn": 4 * n_embd}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the generation; `config_from_dict` is the inverse."""
         return {"generation": self.generation, **dataclasses.asdict(self)}
@@ -126,6 +136,10 @@ class RWKV5Config(HeadsConfig):
                 "bonus='time_faaaa'",
             )
 
+    @classmethod
+    def _proportions(cls, n_embd: int) -> dict[str, int]:
+        return {"dim_ffn": _three_and_a_half(n_embd)}
+
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         name: dict(
             vocab_size=WORLD_VOCABULARY, n_layer=n_layer, n_embd=width, dim_att=width,
@@ -144,6 +158,10 @@ class RWKV6Config(HeadsConfig):
     generation: ClassVar[int] = 6
     mix_rank: int = 32
     decay_rank: int = 64
+
+    @classmethod
+    def _proportions(cls, n_embd: int) -> dict[str, int]:
+        return {"dim_ffn": _three_and_a_half(n_embd)}
 
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         name: dict(
@@ -173,6 +191,19 @@ class RWKV7Config(HeadsConfig):
     value_rank: int = 32  # v1, v2: the value residual
     gate_rank: int = 128  # g1, g2
     first_value_rank: int = 0  # rank of the unused blocks.0.att.v1, v2; 0: the file has none
+
+    @classmethod
+    def _proportions(cls, n_embd: int) -> dict[str, int]:
+        def rank(factor: float) -> int:  # a multiple of 32 that grows with the root of the width
+            return max(32, 32 * round(factor * n_embd**0.5 / 32))
+
+        ranks = {
+            "decay_rank": rank(2.5),
+            "rate_rank": rank(2.5),
+            "value_rank": rank(1.7),
+            "gate_rank": rank(5),
+        }
+        return {"dim_ffn": 4 * n_embd, **ranks}
 
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         name: dict(

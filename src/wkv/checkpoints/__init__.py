@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 
 from ..errors import CheckpointError, CorruptFileError
-from .atomic import atomic_write
+from .atomic import atomic_write, make_folder, sync_folder
 from .base import Checkpoint
 from .naming import naming, several, shown
 from .official import differences, infer_config
@@ -28,12 +28,14 @@ __all__ = [
     "atomic_write",
     "differences",
     "infer_config",
+    "make_folder",
     "model_metadata",
     "naming",
     "open_checkpoint",
     "read_safetensors",
     "several",
     "shown",
+    "sync_folder",
     "write_pth",
     "write_safetensors",
 ]

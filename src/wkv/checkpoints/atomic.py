@@ -43,7 +43,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             raise _not_saved(target, error) from error
         raise
     try:
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise CheckpointError(
             f"{target} is written, but the disk did not confirm its name: {error.strerror}",
@@ -52,7 +52,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` reach the disk, as fsync does for what is in a file."""
     if os.name != "posix":
         return  # Windows opens no folders; its rename is journalled
     descriptor = os.open(folder, os.O_RDONLY)
@@ -60,6 +61,14 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder`, and those above it that are missing, so that their names reach the disk. OSError."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 _ADVICE = {

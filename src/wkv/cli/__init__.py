@@ -18,8 +18,11 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from ..errors import Error
 from .common import DEMO_MODEL, UsageError, note, printable
 
+# What follows the name on the usage line; None where the command has commands of its own, which say it.
 COMMANDS = {
     "demo": "[OPTIONS]",
+    "train": "[SOURCE...] [OPTIONS]",
+    "data": None,
     "info": "FILE [OPTIONS]",
     "generate": "[MODEL] PROMPT [OPTIONS]",
     "chat": "[MODEL] [OPTIONS]",
@@ -73,7 +76,8 @@ def _app() -> App:
         suppress_keyboard_interrupt=False,
     )
     for name, usage in COMMANDS.items():
-        app.command(f"wkv.cli.{name}:{name}", name=name, usage=f"wkv {name} {usage}")
+        line = {} if usage is None else {"usage": f"wkv {name} {usage}"}
+        app.command(f"wkv.cli.{name}:{name}", name=name, **line)
     return app
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..evaluation import Compression
     from ..models import RWKV
     from ..tokenizers import Tokenizer
-    from ..training import Document, Progress
+    from ..training import Data, Document, TrainConfig, Trainer, Validation
 
 Arch = Literal["rwkv4", "rwkv5", "rwkv6", "rwkv7"]
 
@@ -67,7 +67,7 @@ def demo(*, arch: Arch = "rwkv7", minutes: float = 3.0, out: Path = DEMO_MODEL.p
     from ..checkpoints import atomic_write
     from ..evaluation import gzip_bits_per_byte
     from ..models import build
-    from ..training import adamw, split, standard_library, train, windows
+    from ..training import Trainer, split, standard_library
 
     settings = _settings(arch)
     read, held_out = split(standard_library(), seed=seed)
@@ -75,17 +75,15 @@ def demo(*, arch: Arch = "rwkv7", minutes: float = 3.0, out: Path = DEMO_MODEL.p
     model = build(settings.config, seed=seed)
     _announce(model, minutes, read, held_out, gzip)
 
-    optimizer = adamw(model, lr=settings.lr, weight_decay=WEIGHT_DECAY, eps=settings.adam_eps)
-    batches = windows(read, batch_size=BATCH_SIZE, length=LENGTH, seed=seed)
-    steps = train(model, batches, optimizer, minutes=minutes)
-    history = _follow(steps, gzip, sample=lambda: _sample(model, seed))
+    trainer = Trainer(model, _data(read, held_out), _train_config(settings, minutes, seed))
+    history = _follow(trainer, gzip, sample=lambda: _sample(model, seed))
     path = out / DEMO_MODEL.name
     loading.save(model, path)
     note(f"saved {path}; now measuring that file, loaded again (about a minute)")
 
     loaded, tokenizer = loading.load(path, tokenizer="bytes")
     assert tokenizer is not None
-    measured = _measure(loaded, read, held_out)
+    measured = _measure(loaded, trainer.validate(loaded), read, held_out)
     picture = _draw(history, measured, out / "loss.png")
     write_out(f"\n{PROMPT}")
     completion = PROMPT
@@ -124,6 +122,35 @@ def _settings(arch: Arch) -> Settings:
             return Settings(RWKV7Config(**sizes, dim_ffn=4 * width, head_size=32), lr=4e-3)
 
 
+def _train_config(settings: Settings, minutes: float, seed: int) -> TrainConfig:
+    from ..training import TrainConfig
+
+    many = 10**9  # tokens: time runs out first, and the schedule follows it
+    return TrainConfig(
+        minutes=minutes,
+        tokens=many,
+        batch_size=BATCH_SIZE,
+        context=LENGTH,
+        learning_rate=settings.lr,
+        warmup_tokens=many // 50,
+        final=0.05,
+        weight_decay=WEIGHT_DECAY,
+        validate_every=many,
+        validation_tokens=many,
+        seed=seed,
+    )
+
+
+def _data(read: list[Document], held_out: list[Document]) -> Data:
+    """The documents as token ids: a byte is one, and 0 ends a document."""
+    from ..training import Data, TokenData
+
+    train, validation = (
+        TokenData.of([document.text + b"\0" for document in part]) for part in (read, held_out)
+    )
+    return Data(train, validation, tokenizer="bytes", vocab_size=256)
+
+
 def _announce(
     model: RWKV, minutes: float, read: list[Document], held_out: list[Document], gzip: float
 ) -> None:
@@ -137,25 +164,45 @@ def _announce(
     note("Ctrl-C ends the training early and keeps what was learnt\n")
 
 
-def _follow(steps: Iterator[Progress], gzip: float, sample: Callable[[], str]) -> list[Progress]:
-    """Show the training as it goes and return its course; Ctrl-C ends it early."""
-    history: list[Progress] = []
-    quarter = 0
-    with _display() as (show, say), contextlib.suppress(KeyboardInterrupt):
-        for now in steps:
-            history.append(now)
-            show(now.done, _progress_line(history, gzip))
-            if quarter < int(4 * now.done) < 4:
-                quarter = int(4 * now.done)
+@dataclass(frozen=True)
+class Moment:
+    """Where the training stood after a step."""
+
+    step: int
+    tokens: int
+    seconds: float
+    done: float  # share of the time used
+    loss: float  # of the step's batch, nats per byte
+
+
+def _follow(trainer: Trainer, gzip: float, sample: Callable[[], str]) -> list[Moment]:
+    """Train, show it as it goes, and return its course; Ctrl-C ends it early."""
+    from ..training import Callback
+
+    history: list[Moment] = []
+
+    class Show(Callback):
+        def on_step(self, trainer: Trainer, metrics: Mapping[str, Any], seconds: float) -> None:
+            now = trainer.progress
+            before = history[-1].done if history else 0.0
+            history.append(
+                Moment(now.step, now.tokens, now.seconds, trainer.done, metrics["loss"] or math.nan)
+            )
+            show(trainer.done, _progress_line(history, gzip))
+            if int(4 * before) < int(4 * trainer.done) < 4:
                 say(f"after {now.seconds:.0f} s it writes {sample()}")
+
+    trainer.callbacks.append(Show())
+    with _display() as (show, say):
+        trainer.fit()
     if not history:
         raise KeyboardInterrupt  # before anything was learnt: nothing to keep
     return history
 
 
-def _progress_line(history: list[Progress], gzip: float) -> str:
+def _progress_line(history: list[Moment], gzip: float) -> str:
     now = history[-1]
-    loss = statistics.fmean(progress.loss for progress in history[-50:])
+    loss = statistics.fmean(moment.loss for moment in history[-50:])
     minutes, seconds = divmod(round(now.seconds / now.done - now.seconds), 60)
     return (
         f"loss {loss:.3f}   {loss / math.log(2):.2f} bits/byte (gzip {gzip:.2f})   "
@@ -232,11 +279,11 @@ class Measured:
     seconds_per_token: list[float]  # at POSITIONS
 
 
-def _measure(model: RWKV, read: list[Document], held_out: list[Document]) -> Measured:
+def _measure(model: RWKV, validation: Validation, read: list[Document], held_out: list[Document]) -> Measured:
     import torch
 
     from ..evaluation import measure_compression, parallel_recurrent_difference, seconds_per_token
-    from ..training import as_tokens, bits_per_byte
+    from ..training import as_tokens
 
     unseen = _joined(held_out)
     enough = unseen * (POSITIONS[-1] // len(unseen) + 1)
@@ -246,7 +293,7 @@ def _measure(model: RWKV, read: list[Document], held_out: list[Document]) -> Mea
         deviation = model(compared)[0].std().item()
     return Measured(
         _parameters(model),
-        bits_per_byte(model, [document.text for document in held_out]),
+        validation.bits_per_byte or math.nan,
         measure_compression(unseen, primer=_joined(read)),
         parallel_recurrent_difference(model, compared),
         deviation,
@@ -255,7 +302,7 @@ def _measure(model: RWKV, read: list[Document], held_out: list[Document]) -> Mea
     )
 
 
-def _draw(history: list[Progress], measured: Measured, path: Path) -> str:
+def _draw(history: list[Moment], measured: Measured, path: Path) -> str:
     """Draw the loss curve, and return what the report shows in its place."""
     from ..checkpoints import atomic_write
     from ..plots import loss_curve
@@ -264,8 +311,8 @@ def _draw(history: list[Progress], measured: Measured, path: Path) -> str:
     compression = measured.compression
     try:
         png = loss_curve(
-            [progress.tokens for progress in history],
-            [progress.loss / math.log(2) for progress in history],
+            [moment.tokens for moment in history],
+            [moment.loss / math.log(2) for moment in history],
             title="Bits per byte while learning Python",
             levels={"gzip -9": compression.gzip, "xz -9": compression.xz, "primed": compression.xz_primed},
             end=("held-out files", measured.bits_per_byte),
@@ -280,7 +327,7 @@ def _draw(history: list[Progress], measured: Measured, path: Path) -> str:
 def _report(
     command: str,
     settings: Settings,
-    history: list[Progress],
+    history: list[Moment],
     held_out: list[Document],
     measured: Measured,
     picture: str,
@@ -309,8 +356,9 @@ def _report(
 | `xz -9`, primed with the training text | {compression.xz_primed:.3f} |
 
 {len(_joined(held_out)):,} bytes in {len(held_out)} files of Python's library, chosen by the seed and kept out
-of the training. The model begins each file with a fresh state; the compressors read the same files joined in
-path order. Primed: the size of xz(training text + these files) less that of xz(training text).
+of the training. The model begins each file with a fresh state, and pays for its end too; the compressors read
+the same files joined in path order. Primed: the size of xz(training text + these files) less that of
+xz(training text).
 
 Held out: {", ".join(document.path for document in held_out)}.
 
@@ -346,7 +394,7 @@ From `{PROMPT}`, in the recurrent form, at temperature {TEMPERATURE}:
 """
 
 
-def _card(out: Path, history: list[Progress], measured: Measured) -> str:
+def _card(out: Path, history: list[Moment], measured: Measured) -> str:
     """The last words on the screen: the figures, and what to type next."""
     end, gzip = history[-1], measured.compression.gzip
     verdict = "better than" if measured.bits_per_byte < gzip else "not yet as good as"

@@ -5,7 +5,7 @@
     vocabulary.py  a tokenizer made for a text
     binidx.py   token files
     batches.py  batches out of them, in several orders
-    stdlib.py   the text of the demo, and windows of its bytes
+    stdlib.py   the text of the demo
 
 The last two need torch and are imported when first used: packing does without it, in every process.
 """
@@ -19,7 +19,7 @@ from .vocabulary import make_tokenizer
 
 if TYPE_CHECKING:
     from .batches import IGNORE, Batch, Batches, magic_prime, make_batches
-    from .stdlib import Document, as_tokens, split, standard_library, windows
+    from .stdlib import Document, as_tokens, split, standard_library
 
 __all__ = [
     "IGNORE",
@@ -42,7 +42,6 @@ __all__ = [
     "read",
     "split",
     "standard_library",
-    "windows",
 ]
 
 
@@ -51,7 +50,7 @@ def __getattr__(name: str) -> Any:
         from . import batches
 
         return getattr(batches, name)
-    if name in ("Document", "as_tokens", "split", "standard_library", "windows"):
+    if name in ("Document", "as_tokens", "split", "standard_library"):
         from . import stdlib
 
         return getattr(stdlib, name)

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
-from bisect import bisect
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,29 +74,6 @@ def split(
     train = [document for i, document in enumerate(documents) if i not in chosen]
     held_out = [document for i, document in enumerate(documents) if i in chosen]
     return train, held_out
-
-
-def windows(documents: Sequence[Document], *, batch_size: int, length: int, seed: int) -> Iterator[Tensor]:
-    """Random windows without end: int64 (batch_size, length + 1), each row from within one document.
-
-    Every place in the text is equally likely, so long files are read as often as their size deserves.
-    The extra byte is the last target: inputs are `[:, :-1]`, targets `[:, 1:]`. InputError when no
-    document is long enough.
-    """
-    texts = [document.text for document in documents if len(document.text) > length]
-    if not texts:
-        raise InputError(f"no document has more than {length} bytes", "longer documents or shorter windows")
-    places = list(accumulate(len(text) - length for text in texts))
-    generator = random.Random(seed)
-    while True:
-        rows = []
-        for _ in range(batch_size):
-            place = generator.randrange(places[-1])
-            number = bisect(places, place)
-            text = texts[number]
-            start = len(text) - length - (places[number] - place)
-            rows.append(text[start : start + length + 1])
-        yield as_tokens(b"".join(rows)).view(batch_size, length + 1)
 
 
 def as_tokens(text: bytes) -> Tensor:
