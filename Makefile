@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 ARCH   ?= rwkv7
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow scorecard check bench clean
 
 demo: $(READY)            ## train a small RWKV on the source code of this Python, then let it write
 	$(VENV)/bin/wkv demo --arch $(ARCH)
@@ -15,6 +15,9 @@ test: check               ## format, lint, types and the quick tests: what a cha
 
 test-slow: $(READY)       ## the tests that take minutes
 	$(RUN) -m pytest -q -n auto --dist worksteal -m slow
+
+scorecard: $(READY)       ## what was tried to break it, how often, and what was lost
+	$(RUN) -m pytest -q -n auto --dist worksteal -m "scorecard and not slow" --scorecard
 
 check: $(READY)
 	$(RUN) -m ruff format --check --quiet .

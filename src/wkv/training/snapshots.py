@@ -157,11 +157,19 @@ def complete(folder: Path) -> list[Path]:
 def prune(folder: Path, keep_last: int, keep: set[int]) -> None:
     """Remove all but the newest `keep_last` and the steps in `keep`; never the only one.
 
-    Their new names reach the disk before their files go, so that no half-deleted folder looks whole.
     CheckpointError when one cannot be removed.
     """
-    old = sorted(complete(folder))[:-keep_last]
-    going = {path: _aside(path) for path in old if int(path.name.removeprefix("step-")) not in keep}
+    _remove(folder, [path for path in sorted(complete(folder))[:-keep_last] if _step(path) not in keep])
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Remove those of later steps; never the only one. CheckpointError when one cannot be removed."""
+    _remove(folder, [path for path in sorted(complete(folder))[1:] if _step(path) > step])
+
+
+def _remove(folder: Path, paths: list[Path]) -> None:
+    # The new names reach the disk before the files go, so that no half-deleted folder looks whole.
+    going = {path: _aside(path) for path in paths}
     try:
         for path, aside in going.items():
             os.replace(path, aside)
@@ -171,17 +179,21 @@ def prune(folder: Path, keep_last: int, keep: set[int]) -> None:
             shutil.rmtree(aside)
     except OSError as error:
         raise CheckpointError(
-            f"an old checkpoint in {folder} could not be removed: {error.strerror or error}",
-            "a folder that can be written to; the newest checkpoint is saved",
+            f"a checkpoint in {folder} could not be removed: {error.strerror or error}",
+            "a folder that can be written to; those that are needed are there",
             "the same command again, once this is mended",
         ) from error
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left behind, as far as it goes. Only for the one who holds the run's lock."""
+    """Remove what killed writers left behind, as far as possible. Only for the one who has the run's lock."""
     for path in _inside(folder):
         if ".tmp-" in path.name:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _aside(path: Path) -> Path:

@@ -64,6 +64,7 @@ class Progress:
     norms: list[float] = field(default_factory=list)  # of the latest gradients
     best: float | None = None  # lowest validation loss
     best_step: int = 0
+    good_step: int = 0  # the checkpoint to go back to: the last one that the plan made after a good step
     worse: int = 0  # validations since then
     metrics_bytes: int = 0
     timings_bytes: int = 0
@@ -84,7 +85,10 @@ class Objective(nn.Module):
         self, tokens: Tensor, targets: Tensor, starts: Tensor | None, state: State | None, n_targets: int
     ) -> tuple[Tensor, State]:
         """This batch's share of the mean over `n_targets`, in nats, and the state after it."""
-        with torch.autocast(tokens.device.type, self.autocast, enabled=self.autocast is not None):
+        # Each weight is used once: keeping its bfloat16 copy for a second time would only fill the memory.
+        with torch.autocast(
+            tokens.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False
+        ):
             if self.group.divides == "tokens":
                 hidden, state = context_parallel.read(self.model, self.group, tokens, state, starts=starts)
             else:
@@ -167,6 +171,7 @@ class Trainer:
         with self.group.watch(), self.run or contextlib.nullcontext(), self._signals():
             self._begin()
             self._tell("on_start")
+            self.save()  # of a new run: there is always something to return to
             # Whichever process was asked to stop, all do so after the same step.
             while not self.finished and not self.group.any([self.stopping])[0]:
                 self._one_step()
@@ -239,10 +244,12 @@ class Trainer:
             self.run.metrics.append(metrics)
             self.run.timings.append({"step": now.step, "seconds": seconds})
         self._tell("on_step", metrics, seconds)
-        if is_best or now.step % self.config.save_every == 0:
+        if is_best or (now.step % self.config.save_every == 0 and "skipped" not in metrics):
+            good, now.good_step = now.good_step, now.step
             try:
                 self.save()
             except DivergenceError as error:
+                now.good_step = good
                 self._return_to_checkpoint(error.got)
 
     def _gradients(self, batch: Batch) -> tuple[float, State | None]:
@@ -373,9 +380,8 @@ class Trainer:
                     )
         now.metrics_bytes, now.timings_bytes = self.run.metrics.sync(), self.run.timings.sync()
         path = snapshots.write(self.run.checkpoints, now.step, parts, dataclasses.asdict(now))
-        snapshots.prune(
-            self.run.checkpoints, self.config.keep_last, set() if now.best is None else {now.best_step}
-        )
+        keep = {now.good_step} if now.best is None else {now.good_step, now.best_step}
+        snapshots.prune(self.run.checkpoints, self.config.keep_last, keep)
         return path
 
     def _begin(self) -> None:
@@ -383,10 +389,7 @@ class Trainer:
         if not self._has_folder:
             return
         self.group.on_writer(self._take_folder)
-        found = self._load_newest()
-        if not found:
-            self.save()  # so that there is always something to return to
-        elif self.progress.step:
+        if self._load_newest() and self.progress.step:
             self._event("resumed", f"going on after step {self.progress.step}")
 
     def _take_folder(self) -> None:
@@ -479,11 +482,18 @@ class Trainer:
             )
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        self._load_newest()
+        self.group.on_writer(lambda: self._forget_after(failed.good_step))
+        if not self._load_newest():
+            raise CheckpointError(f"no whole checkpoint is left to return to: {problem}", "one", "a fresh --out")
         self.progress.returns = failed.returns + 1
         self.progress.rate = failed.rate * self.config.slower
         text = f"{problem}; back to step {self.progress.step}, at {self.progress.rate:g} x the learning rate"
         self._event("returned", f"step {failed.step}: {text}")
+
+    def _forget_after(self, step: int) -> None:
+        """Remove what a stopped run saved beside the plan: whether it was stopped makes no difference."""
+        assert self.run is not None
+        snapshots.drop_after(self.run.checkpoints, step)
 
     # Signals and callbacks
 
