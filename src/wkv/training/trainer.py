@@ -204,6 +204,7 @@ class Trainer:
             total_tokens=self.config.tokens,
             warmup_tokens=self.config.warmup_tokens,
             final=self.config.final,
+            warmup_start=0.2 if self.model.config.generation == 4 else 0.01,  # as the official trainers
         )
         loss, streams = self._gradients(batch)
         length = norm([weight.grad for weight in self.model.parameters() if weight.grad is not None])
@@ -484,7 +485,7 @@ class Trainer:
             optimizer.zero_grad()
         self.group.on_writer(lambda: self._forget_after(failed.good_step))
         if not self._load_newest():
-            raise CheckpointError(f"no whole checkpoint is left to return to: {problem}", "one", "a fresh --out")
+            raise CheckpointError(f"no checkpoint is left to return to: {problem}", "one", "a fresh --out")
         self.progress.returns = failed.returns + 1
         self.progress.rate = failed.rate * self.config.slower
         text = f"{problem}; back to step {self.progress.step}, at {self.progress.rate:g} x the learning rate"
