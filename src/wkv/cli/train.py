@@ -99,20 +99,19 @@ def train(
         config, out, {name: dataclasses.asdict(flags) for name, flags in given.items()}, data
     )
     use_threads(threads)
-    where = use_device(device)
 
     from .. import loading
     from ..checkpoints import model_metadata, write_safetensors
     from ..training import Trainer
-    from ..training.distributed import join
+    from ..training.distributed import join, own_device
     from .train_display import Report, Samples, Terminal
 
     model_settings, data_settings, training = settings["model"], settings["data"], settings["training"]
     assert isinstance(model_settings, ModelSettings)
     assert isinstance(data_settings, DataSettings)
     assert isinstance(training, TrainConfig)
+    where = use_device(own_device(device))
     group = join(where)
-    where = group.device
     if prompt and training.parallel == "shard" and group.size > 1:
         raise UsageError("--prompt needs the whole model", "no --prompt with --parallel shard")
     model, tokenizer = None, data_settings.tokenizer

@@ -36,7 +36,8 @@ class Terminal(Callback):
         )
         # Two operations per weight and token forward, four backward; the operators' own are left out.
         precision = getattr(torch, trainer.config.precision)
-        self.peak_tokens = matmul_peak(model.device, precision) / (6 * matrices)
+        peak = trainer.group.size * matmul_peak(model.device, precision)
+        self.peak_tokens = peak / (6 * matrices)
         parameters = sum(p.numel() for p in model.parameters())
         step = trainer.progress.step
         self._say(f"RWKV-{model.config.generation} of {parameters:,} parameters, from step {step:,}")

@@ -9,6 +9,7 @@
     loss.py         cross-entropy with L2Wrap, without ever holding all logits
     optim.py        parameter groups, optimizers and schedules, as the official recipes want them
     trainer.py      the loop; snapshots.py and run_folder.py: what it leaves on the disk
+    distributed.py  several processes; context_parallel.py: with a part of every row each
     validation.py   held-out documents
     callbacks.py    who listens
 
