@@ -39,8 +39,7 @@ class Line:
     def __str__(self):
         if self.failed:
             return f"{self.tried:7,} tried   FAILED ({self.failed})"
-        lost = f"{self.lost:,} {self.of} lost" if self.lost else "nothing lost"
-        return f"{self.tried:7,} tried   {lost}"
+        return f"{self.tried:7,} tried   lost: {f'{self.lost:,} {self.of}' if self.lost else 'nothing'}"
 
 
 @dataclass
@@ -72,6 +71,8 @@ class ScoreCard:
     @pytest.hookimpl(tryfirst=True)  # before -m chooses
     def pytest_collection_modifyitems(self, items):
         for item in items if self.full else ():
+            if item.get_closest_marker("slow"):
+                continue
             for name, what, tests in QUOTED:
                 if re.search(tests, item.nodeid):
                     item.add_marker(pytest.mark.scorecard(name, what))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import math
 import os
@@ -19,10 +18,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from faulty_disk import FAULTS, SHORT, FaultyDisk
 from official import GENERATIONS, random_official, reordered
 
 from wkv.checkpoints import (
-    atomic,
     infer_config,
     open_checkpoint,
     read_safetensors,
@@ -396,48 +395,6 @@ class TestFormats:
             checkpoint.read("nose")
 
 
-class FaultyDisk:
-    """Counts the calls that reach the disk while saving, and lets the n-th one fail."""
-
-    def __init__(self, monkeypatch, fail_at, fault):
-        self.calls, self.fail_at, self.fault = 0, fail_at, fault
-        for name in ("fsync", "replace", "open"):
-            monkeypatch.setattr(os, name, self.guard(getattr(os, name)))
-        monkeypatch.setattr(atomic, "open", self.guard(self.open), raising=False)
-
-    def guard(self, call):
-        def guarded(*arguments):
-            self.count()
-            return call(*arguments)
-
-        return guarded
-
-    def count(self):
-        self.calls += 1
-        if self.calls == self.fail_at and self.fault != "short write":
-            raise self.fault
-
-    def open(self, path, mode):
-        return io.BufferedRandom(FaultyFile(self, path, mode))
-
-
-class FaultyFile(io.FileIO):
-    """What the disk shows to Python's buffering: `write` may fail, or take less than it was given."""
-
-    def __init__(self, disk, path, mode):
-        super().__init__(path, mode)
-        self.disk = disk
-
-    def write(self, data):
-        self.disk.count()
-        if self.disk.calls == self.disk.fail_at:  # a short write, since nothing was raised
-            data = memoryview(data)[: max(1, len(data) // 2)]
-        return super().write(data)
-
-
-FAULTS = [OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EACCES)]
-
-
 def write_st(path, tensors):
     write_safetensors(path, tensors, {"note": "new"})
 
@@ -476,7 +433,7 @@ class TestWritingNeverHarms:
             assert "did not confirm" in str(error)
 
     def test_a_short_write_is_continued(self, tmp_path, write):
-        for error, _, path in self.until_it_works(tmp_path, write, "short write"):
+        for error, _, path in self.until_it_works(tmp_path, write, SHORT):
             assert error is None
             read = torch.load(path, weights_only=True) if write is write_pth else read_safetensors(path)[0]
             assert same(read, random_official("4", n_layer=1, n_embd=64, vocab_size=400))

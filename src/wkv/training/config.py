@@ -127,7 +127,7 @@ class TrainConfig(Settings):
     save_every
         steps between checkpoints
     keep_last
-        so many checkpoints stay, and the one with the best validation
+        so many checkpoints stay, the one to go back to, and the one with the best validation
     explosion
         a gradient so many times the usual norm is not learnt from
     skips

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import model_metadata, open_checkpoint, read_safetensors
-from ..errors import CheckpointError, DivergenceError, InputError
+from ..errors import CheckpointError, ConfigError, DivergenceError, InputError
 from ..models import RWKV
 from ..state import State
 from . import context_parallel, snapshots
@@ -424,7 +424,7 @@ class Trainer:
                     stored[part], _ = read_safetensors(snapshot.file(part))
             with open_checkpoint(snapshot.file("model")) as checkpoint:
                 if set(checkpoint.names) != set(self.model.state_dict()):
-                    raise CheckpointError(f"{snapshot.path} is of another model", "the model of this run")
+                    raise ConfigError(f"{snapshot.path} is of another model", "the model of this run")
                 stored["model"] = {name: checkpoint.read(name) for name in checkpoint.names}
 
         found = snapshots.newest(self.run.checkpoints, read, lambda text: self._event("damaged", text))
