@@ -12,10 +12,13 @@ from torch import Tensor
 from wkv.config import RWKV7Config
 from wkv.evaluation import (
     gzip_bits_per_byte,
+    longest_run,
     matmul_peak,
     measure_compression,
     parallel_recurrent_difference,
+    parses,
     seconds_per_token,
+    whole_lines,
 )
 from wkv.models import RWKV, build
 from wkv.training import standard_library
@@ -101,3 +104,31 @@ def test_the_time_per_token_is_measured_at_every_position(model: RWKV) -> None:
 
 def test_the_peak_is_of_the_order_of_this_machine(device: torch.device) -> None:
     assert 1e9 < matmul_peak(device, seconds=0.05) < 1e16
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_python"),
+    [
+        (["def f(x):", "    return x"], True),
+        (["    return x", "", "    # so"], True),  # out of the middle of a function
+        (["def f(x):"], False),
+        (["x = ("], False),
+        (["x = '\\d'"], True),  # a warning, not an error
+        (["x = '\0'"], False),
+        ([], True),
+    ],
+)
+def test_python_is_what_the_parser_takes(lines: list[str], is_python: bool) -> None:
+    assert parses(lines) is is_python
+
+
+def test_a_line_that_was_cut_off_does_not_count() -> None:
+    assert whole_lines("a = 1\nb = (") == ["a = 1"]
+    assert whole_lines("a = 1\n") == ["a = 1"]
+    assert whole_lines("a = 1") == []
+
+
+def test_the_longest_run_is_of_neighbours_that_parse_together() -> None:
+    assert longest_run(["x = (", "def f():", "    y = 1", "", "    return y", "z = )"]) == 4
+    assert longest_run(["x = 1", "y = ("]) == 1
+    assert longest_run(["x = (", ""]) == 0

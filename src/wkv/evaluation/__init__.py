@@ -1,5 +1,6 @@
 """How good a model is, and whether it keeps RWKV's promises."""
 
+from .code import longest_run, parses, whole_lines
 from .compression import Compression, gzip_bits_per_byte, measure_compression
 from .machine import matmul_peak
 from .recurrence import parallel_recurrent_difference, seconds_per_token
@@ -7,8 +8,11 @@ from .recurrence import parallel_recurrent_difference, seconds_per_token
 __all__ = [
     "Compression",
     "gzip_bits_per_byte",
+    "longest_run",
     "matmul_peak",
     "measure_compression",
     "parallel_recurrent_difference",
+    "parses",
     "seconds_per_token",
+    "whole_lines",
 ]
