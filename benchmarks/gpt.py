@@ -1,17 +1,39 @@
 """The Transformer that RWKV is measured against: a GPT-2 in torch's own fastest parts.
 
 Pre-norm decoder, learned positions, one product for queries, keys and values, causal attention by
-torch's scaled_dot_product_attention, GELU, no biases, an untied head. It is called as a wkv model is:
-`hidden, _ = gpt(tokens, output="hidden")`, and `gpt.head.weight` is the matrix of the head.
+torch's scaled_dot_product_attention, GELU, no biases, an untied head. It is called as a wkv model is,
+`hidden, _ = gpt(tokens, output="hidden")`, so `wkv.Trainer` trains it too.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wkv.state import State
+
 HEAD_SIZE = 64
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What `wkv.Trainer` asks of a model's config, and the sizes."""
+
+    vocab_size: int
+    n_layer: int
+    n_embd: int
+    dim_ffn: int
+    context: int
+    generation: int = 0  # of no RWKV
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
 class Block(nn.Module):
@@ -32,6 +54,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, *, vocab_size: int, n_layer: int, n_embd: int, dim_ffn: int, context: int) -> None:
         super().__init__()
+        self.config = GPTConfig(vocab_size, n_layer, n_embd, dim_ffn, context)
         self.emb, self.positions = nn.Embedding(vocab_size, n_embd), nn.Embedding(context, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, dim_ffn) for _ in range(n_layer))
         self.ln_out = nn.LayerNorm(n_embd, bias=False)
@@ -39,12 +62,30 @@ class GPT(nn.Module):
         for embedding in (self.emb, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def forward(self, tokens: Tensor, *, output: str = "logits") -> tuple[Tensor, None]:
+    @property
+    def device(self) -> torch.device:
+        return self.emb.weight.device
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(self.config).encode())
+        for weight in self.parameters():
+            digest.update(weight.detach().contiguous().numpy())
+        return digest.hexdigest()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        starts: Tensor | None = None,
+        output: str = "logits",
+    ) -> tuple[Tensor, State]:
+        assert starts is None and not (state and state.layers), "a GPT sees one window and nothing before it"
         x = self.emb(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
         x = self.ln_out(x)
-        return (x if output == "hidden" else self.head(x)), None
+        return (x if output == "hidden" else self.head(x)), State(())
 
 
 def _linear(n_in: int, n_out: int) -> nn.Linear:
