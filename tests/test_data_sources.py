@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -462,6 +463,7 @@ def test_the_folder_says_where_it_comes_from(tmp_path: Path) -> None:
         "held_out": 0.25,
         "field": "body",
         "sources": [str(folder)],
+        "n_sources": 1,
         "skipped": {BINARY: {"count": 1, "examples": [f"{folder}/x.bin: byte 0"]}},
         "splits": {
             name: {
@@ -852,3 +854,32 @@ def test_swapped_and_missing_splits_are_noticed(packed: Path) -> None:
     (packed / "train.bin").rename(packed / "val.bin")
     with pytest.raises(InputError, match=r"train\.bin cannot be read: No such file"):
         open_data(packed)
+
+
+def test_a_pack_of_very_many_files_can_be_opened(tmp_path: Path) -> None:
+    name = "a" * 100
+    files = []
+    for i in range(300):
+        path = tmp_path / "texts" / f"{name}{i}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"text {i}")
+        files.append(path)
+    pack(files, bytes_(), tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert facts["n_sources"] == 300 and len(facts["sources"]) == 100
+    assert open_data(tmp_path / "out").train.n_documents > 200
+
+
+def test_packing_does_not_load_torch() -> None:
+    program = "import sys, wkv.training.data.pack, wkv.training.data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_a_link_out_of_a_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("mine")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("theirs")
+    (tmp_path / "texts" / "b.txt").symlink_to(tmp_path / "secret.txt")
+    skipped = Skipped()
+    assert [document.text for document in read([tmp_path / "texts"], skipped=skipped)] == ["theirs"]
+    assert skipped.counts["a link to somewhere outside the folder"] == 1

@@ -115,13 +115,34 @@ def test_an_official_checkpoint_is_continued_and_exported_for_the_official_tools
     assert first["learning_rate"] <= 1e-4
 
 
+def test_another_request_does_not_get_what_an_earlier_one_packed(run, texts, tmp_path):
+    def data_of(name):
+        return json.loads((tmp_path / name / "run.json").read_text())["identity"]["data"]
+
+    (tmp_path / "other.txt").write_text("Quite another text. " * 30)
+    status, _, err = run("other.txt", "--out", "here", "--context", "100000")
+    assert status == 1 and "longer than the data" in err
+    assert run(texts, "--out", "here", *TINY, *SHORT)[0] == 0
+    assert run("other.txt", "--out", "there", *TINY, *SHORT)[0] == 0
+    assert data_of("here") != data_of("there")
+
+
+def test_a_checkpoint_brings_its_sizes_and_its_tokenizer(run, texts, tmp_path):
+    wkv.save(wkv.build(wkv.RWKV7Config.of_size(vocab_size=70, n_layer=1, n_embd=64)), tmp_path / "odd.pth")
+    status, _, err = run(texts, "--init", "odd.pth", "--out", "here", *SHORT)
+    assert status == 2 and "no tokenizer is known for odd.pth" in err
+    status, _, err = run(texts, "--init", "odd.pth", "--n-layer", "3", "--out", "here")
+    assert status == 2 and "--init brings its own sizes" in err
+
+
 def test_packed_data_know_their_tokenizer(run, texts, tmp_path):
     assert (
         main(["data", "pack", str(texts), "--tokenizer", "bytes", "--out", "packed", "--workers", "1"]) == 0
     )
     status, _, err = run("packed", "--out", "here", *TINY, *SHORT, "--order", "documents")
     assert status == 0, err
-    assert not (tmp_path / "here" / "data").exists()
+    assert not list((tmp_path / "here").glob("data*"))
+    assert run("packed", "--tokenizer", "world", "--out", "there")[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -135,6 +156,8 @@ def test_packed_data_know_their_tokenizer(run, texts, tmp_path):
         (["texts", "--batch-size", "0"], "batch_size is 0. Expected: a whole number from 1", 1),
         (["texts", "--config", "typo.toml"], "no setting is named 'lerning_rate'", 1),
         (["texts", "--config", "table.toml"], "no table is named 'trainin'", 1),
+        (["texts", "--config", "flat.toml"], "data is 'texts/'. Expected: a table, [data]", 1),
+        (["texts", "--held-out", "0", "--prompt", "a"], "--prompt is shown at validations", 2),
         (["texts", "--config", "broken.toml"], "broken.toml is not TOML", 1),
         (["texts", "--config", "missing.toml"], "missing.toml", 1),
         (["texts", "--init", "other.safetensors"], "other.safetensors", 1),
@@ -152,6 +175,7 @@ def test_what_is_wrong_is_one_clear_line(run, texts, tmp_path, arguments, compla
     (tmp_path / "empty").mkdir()
     (tmp_path / "typo.toml").write_text("[training]\nlerning_rate = 1e-3\n")
     (tmp_path / "table.toml").write_text("[trainin]\n")
+    (tmp_path / "flat.toml").write_text('data = "texts/"\n')
     (tmp_path / "broken.toml").write_text("[training\n")
     save_file({"transformer.wte.weight": torch.ones(4, 4)}, tmp_path / "other.safetensors")
     np.save(tmp_path / "tokens.npy", np.arange(5000, dtype=np.uint16) % 200)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..evaluation import Compression
     from ..models import RWKV
     from ..tokenizers import Tokenizer
-    from ..training import Data, Document, TrainConfig, Trainer, Validation
+    from ..training import Data, Document, TrainConfig, Trainer
 
 Arch = Literal["rwkv4", "rwkv5", "rwkv6", "rwkv7"]
 
@@ -75,7 +75,7 @@ def demo(*, arch: Arch = "rwkv7", minutes: float = 3.0, out: Path = DEMO_MODEL.p
     model = build(settings.config, seed=seed)
     _announce(model, minutes, read, held_out, gzip)
 
-    trainer = Trainer(model, _data(read, held_out), _train_config(settings, minutes, seed))
+    trainer = Trainer(model, _data(read), _train_config(settings, minutes, seed))
     history = _follow(trainer, gzip, sample=lambda: _sample(model, seed))
     path = out / DEMO_MODEL.name
     loading.save(model, path)
@@ -83,7 +83,7 @@ def demo(*, arch: Arch = "rwkv7", minutes: float = 3.0, out: Path = DEMO_MODEL.p
 
     loaded, tokenizer = loading.load(path, tokenizer="bytes")
     assert tokenizer is not None
-    measured = _measure(loaded, trainer.validate(loaded), read, held_out)
+    measured = _measure(loaded, read, held_out)
     picture = _draw(history, measured, out / "loss.png")
     write_out(f"\n{PROMPT}")
     completion = PROMPT
@@ -135,20 +135,16 @@ def _train_config(settings: Settings, minutes: float, seed: int) -> TrainConfig:
         warmup_tokens=many // 50,
         final=0.05,
         weight_decay=WEIGHT_DECAY,
-        validate_every=many,
-        validation_tokens=many,
         seed=seed,
     )
 
 
-def _data(read: list[Document], held_out: list[Document]) -> Data:
+def _data(documents: list[Document]) -> Data:
     """The documents as token ids: a byte is one, and 0 ends a document."""
     from ..training import Data, TokenData
 
-    train, validation = (
-        TokenData.of([document.text + b"\0" for document in part]) for part in (read, held_out)
-    )
-    return Data(train, validation, tokenizer="bytes", vocab_size=256)
+    tokens = TokenData.of([document.text + b"\0" for document in documents])
+    return Data(tokens, tokenizer="bytes", vocab_size=256)
 
 
 def _announce(
@@ -279,13 +275,16 @@ class Measured:
     seconds_per_token: list[float]  # at POSITIONS
 
 
-def _measure(model: RWKV, validation: Validation, read: list[Document], held_out: list[Document]) -> Measured:
+def _measure(model: RWKV, read: list[Document], held_out: list[Document]) -> Measured:
     import torch
 
     from ..evaluation import measure_compression, parallel_recurrent_difference, seconds_per_token
-    from ..training import as_tokens
+    from ..training import as_tokens, validate
 
     unseen = _joined(held_out)
+    files = _data(held_out).train
+    documents = [files.document(i) for i in range(files.n_documents)]
+    validation = validate(model, documents, separator=0, n_bytes=len(unseen))
     enough = unseen * (POSITIONS[-1] // len(unseen) + 1)
     tokens = as_tokens(enough)[None]
     compared = tokens[:, :COMPARED_TOKENS]

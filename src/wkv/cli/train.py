@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import tomllib
@@ -116,15 +118,27 @@ def train(
         raise UsageError("--prompt needs the whole model", "no --prompt with --parallel shard")
     model, tokenizer = None, data_settings.tokenizer
     if model_settings.init is not None:
+        if model_settings != ModelSettings(init=model_settings.init):
+            raise UsageError("--init brings its own sizes", "no --arch, --size, --n-layer, ... beside it")
         model, own = loading.load(model_settings.init, device=where, tokenizer=tokenizer)
-        tokenizer = tokenizer or (own.name if own else None)
-    corpus = _corpus(data_settings, tokenizer, out, training.seed, group)
+        tokenizer = own.name if own else None
+    corpus = _corpus(data_settings, tokenizer, model_settings.init, out, training.seed, group)
     if model is None:
         model = _new_model(model_settings, corpus, training.seed).to(where)
+    elif own and corpus.vocab_size not in (None, own.vocab_size):
+        raise InputError(
+            f"the data have {corpus.vocab_size} kinds of tokens, {model_settings.init} {own.vocab_size}",
+            "one tokenizer for both",
+            "packing the text with the model's",
+        )
     model.train().float()
 
     callbacks: list[Any] = [Terminal(), Report()]
     if prompt:
+        if corpus.validation is None or corpus.tokenizer is None:
+            raise UsageError(
+                "--prompt is shown at validations", "held-out documents and a tokenizer", "--held-out"
+            )
         callbacks.insert(0, Samples(prompt))
     if tensorboard and group.is_writer:
         from ..training import TensorBoard
@@ -162,6 +176,9 @@ def _settings(
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML: {error}", "lines such as batch_size = 8") from None
         check_names(tables, set(TABLES), "table")
+        for name, table in tables.items():
+            if not isinstance(table, dict):
+                raise ConfigError(f"{file}: {name} is {table!r}", f"a table, [{name}], with lines below it")
     given["data"]["data"] = data or None
     settings = {}
     for name, kind in TABLES.items():
@@ -170,15 +187,31 @@ def _settings(
     return settings
 
 
-def _corpus(settings: DataSettings, tokenizer: str | None, out: Path, seed: int, group: Group) -> Data:
+def _corpus(
+    settings: DataSettings, tokenizer: str | None, init: str | None, out: Path, seed: int, group: Group
+) -> Data:
     """The packed data, or what packing the sources into the run's folder gives: one process packs."""
+    from ..tokenizers import named
     from ..training import is_packed, open_data
 
     if not settings.data:
         raise UsageError("there is nothing to learn from", "files or folders of text", "wkv train stdlib")
     if len(settings.data) == 1 and is_packed(settings.data[0]):
-        return open_data(settings.data[0])
-    packed = out / "data"
+        data = open_data(settings.data[0])
+        if data.tokenizer is None and tokenizer is not None:  # token files do not know theirs
+            known = named(tokenizer)
+            separator = known.end_of_text or 0
+            return dataclasses.replace(
+                data, tokenizer=known.name, vocab_size=known.vocab_size, separator=separator
+            )
+        if settings.tokenizer is not None and data.tokenizer is not None:
+            raise UsageError("packed data have a tokenizer already", "no --tokenizer beside them")
+        return data
+    if settings.tokenizer is None and tokenizer is None and init:
+        raise UsageError(f"no tokenizer is known for {init}", "the one it was trained with", "--tokenizer")
+    # Another request is another folder: what an earlier one has packed is not taken for it.
+    request = json.dumps([settings.to_dict(), tokenizer, seed]).encode()
+    packed = out / f"data-{hashlib.sha256(request).hexdigest()[:8]}"
     group.on_writer(lambda: None if is_packed(packed) else _pack(settings, tokenizer, packed, seed))
     return open_data(packed)
 

@@ -89,6 +89,12 @@ class Samples(Callback):
         self.prompt, self.n_tokens = prompt, n_tokens
 
     def on_validation(self, trainer: Trainer, result: Validation) -> None:
+        try:
+            self._sample(trainer)
+        except Exception as error:  # not worth a run
+            trainer.announce(f"no sample: {error}")
+
+    def _sample(self, trainer: Trainer) -> None:
         from ..checkpoints import atomic_write
         from ..inference import Session
         from ..tokenizers import named
@@ -121,7 +127,10 @@ class Report(Callback):
         from ..viz import write_report
 
         if trainer.run and trainer.progress.step:
-            write_report(trainer.run.path)
+            try:
+                write_report(trainer.run.path)
+            except Exception as error:  # nor is a picture
+                trainer.announce(f"no report: {error}")
 
 
 def duration(seconds: float) -> str:

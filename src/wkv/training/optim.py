@@ -129,9 +129,17 @@ def make_optimizers(
 
 def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
     try:
-        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+        optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     except RuntimeError:  # a device without the fused kernel
         return torch.optim.AdamW(groups, betas=betas, eps=eps)
+    # The fused step changes weights behind autograd's back; `RWKV.fingerprint` goes by their version.
+    optimizer.register_step_post_hook(_count_change)
+    return optimizer
+
+
+def _count_change(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
 
 
 def learning_rate(

@@ -29,6 +29,11 @@ from ..checkpoints import atomic_write, make_folder, sync_folder
 from ..errors import CheckpointError, ConfigError
 from .config import Settings, to_toml
 
+_WRITTEN = (
+    ".lock", "config.toml", "run.json", "metrics.jsonl", "timings.jsonl", "events.jsonl", "report.md",
+    "loss.png", "rates.png", "model.safetensors", "tokenizer.json",
+)  # fmt: skip
+
 
 class RunFolder:
     """One writer at a time; records are appended, and cut back to where a checkpoint was made."""
@@ -43,6 +48,13 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         """Take the folder. CheckpointError when another run has it, or it cannot be made."""
+        for name in _WRITTEN:
+            if (self.path / name).is_symlink():
+                raise CheckpointError(
+                    f"{self.path / name} is a link",
+                    "a file: a run would write to wherever it leads",
+                    "removing it",
+                )
         try:
             make_folder(self.path)
             self._lock.acquire()
@@ -63,54 +75,64 @@ class RunFolder:
             records.close()
         self._lock.release()
 
-    def describe(
-        self, settings: Mapping[str, Settings], identity: Mapping[str, str | None], accept_changes: bool
-    ) -> None:
-        """Write down what this run is; in a folder with a run, compare instead.
+    def changes(
+        self, settings: Mapping[str, Settings], identity: Mapping[str, str | None], accept: bool
+    ) -> list[str]:
+        """What differs from the run that the folder holds; nothing in a new folder.
 
         settings   the tables of config.toml
         identity   fingerprints of what the result depends on besides: data, first weights
-        ConfigError names what differs, unless `accept_changes`.
+        ConfigError names what differs, unless `accept`.
         """
-        config, run = self.path / "config.toml", self.path / "run.json"
-        if run.exists():
-            try:
-                old = json.loads(run.read_bytes())["identity"]
-                tables = tomllib.loads(config.read_text("utf-8"))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(
-                    f"{run} or {config} cannot be read: {error}", "files of a run"
-                ) from error
-            changes = _changes(tables, settings) + [
-                f"the {name} has changed (fingerprint {_short(old.get(name))} became {_short(value)})"
-                for name, value in identity.items()
-                if old.get(name) != value
-            ]
-            if changes and not accept_changes:
-                raise ConfigError(
-                    f"{self.path} holds a run with other settings: {'; '.join(changes)}",
-                    "the same command again, which goes on where it stopped",
-                    "another --out for a new run, or --accept-changes to go on like this",
-                )
-            if not changes:
-                return
-            self.event("changed", step=None, what=changes)
-        else:
-            old = {}
-        content = {
-            "wkv": version("wkv"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()}",
-            "threads": torch.get_num_threads(),
-            "command": sys.argv,
-            # The first weights stay what they were: later ones have a history.
-            "identity": {**identity, **{name: old[name] for name in ("model",) if name in old}},
-        }
-        with atomic_write(config) as file:
-            file.write(to_toml(settings).encode())
-        with atomic_write(run) as file:
-            file.write(json.dumps(content, indent=1).encode())
+        if not (old := self._old_run()):
+            return []
+        try:
+            tables = tomllib.loads((self.path / "config.toml").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path / 'config.toml'} cannot be read: {error}", "TOML") from error
+        found = _changes(tables, settings) + [
+            f"the {name} has changed (fingerprint {_short(old['identity'].get(name))} became {_short(value)})"
+            for name, value in identity.items()
+            if old["identity"].get(name) != value
+            # Elsewhere the same seed gives first weights of other rounding; the checkpoint has the run's.
+            and not (name == "model" and _moved(old))
+        ]
+        if found and not accept:
+            raise ConfigError(
+                f"{self.path} holds a run with other settings: {'; '.join(found)}",
+                "the same command again, which goes on where it stopped",
+                "another --out for a new run, or --accept-changes to go on like this",
+            )
+        return found
+
+    def describe(
+        self, settings: Mapping[str, Settings], identity: Mapping[str, str | None], changes: list[str]
+    ) -> str:
+        """Write down what the run is from now on; return what keeps it from repeating exactly, or nothing."""
+        old = self._old_run()
+        moved = _moved(old) if old else []
+        if old and (changes or moved):
+            self.event("changed", step=None, what=changes + moved)
+        # The first weights stay what they were: later ones have a history.
+        first = {"model": old["identity"].get("model")} if old else {}
+        if not old or changes or moved:
+            with atomic_write(self.path / "config.toml") as file:
+                file.write(to_toml(settings).encode())
+            with atomic_write(self.path / "run.json") as file:
+                content = {**_surroundings(), "command": sys.argv, "identity": {**identity, **first}}
+                file.write(json.dumps(content, indent=1).encode())
+        return f"not bit by bit what it would have been: {'; '.join(moved)}" if moved else ""
+
+    def _old_run(self) -> dict[str, Any] | None:
+        path = self.path / "run.json"
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_bytes())
+            dict(content["identity"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error!r}", "a file of a run") from error
+        return dict(content)
 
     def event(self, kind: str, **details: Any) -> None:
         self.events.append({"event": kind, **details, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
@@ -189,7 +211,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline: nothing, or half a line
-    return [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in lines]
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{path} has a line that is no object")
+    return records
 
 
 def _whole_lines(content: bytes) -> int:
@@ -201,6 +226,21 @@ def _whole_lines(content: bytes) -> int:
     except ValueError:
         return start
     return end
+
+
+def _surroundings() -> dict[str, Any]:
+    """What rounding depends on."""
+    return {
+        "wkv": version("wkv"),
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _moved(old: Mapping[str, Any]) -> list[str]:
+    now = _surroundings()
+    return [f"{name} was {old.get(name)} and is {now[name]}" for name in now if old.get(name) != now[name]]
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Settings]) -> list[str]:

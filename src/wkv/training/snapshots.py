@@ -14,6 +14,7 @@ its own name. So the newest folder named step-N is a good one, unless the disk i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -100,16 +101,26 @@ def newest(folder: Path, use: Callable[[Snapshot], None], say: Callable[[str], N
     Where `use` meets damage (CheckpointError), the snapshot is put aside as step-N.bad, `say` is told,
     and the one before is taken.
     """
-    for path in sorted(complete(folder), reverse=True):
+    paths = sorted(complete(folder), reverse=True)
+    for path in paths:
         try:
             snapshot = read(path)
             use(snapshot)
         except (CheckpointError, OSError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, OSError) and cause.errno not in (errno.EIO, errno.ENOENT):
+                raise  # too many open files, no permission: that says nothing about the files
             aside = path.with_name(f"{path.name}.bad-{secrets.token_hex(2)}")
             os.replace(path, aside)
             say(f"the checkpoint {path.name} is damaged and was put aside as {aside.name}: {error}")
         else:
             return snapshot
+    if paths:
+        raise CheckpointError(
+            f"every checkpoint in {folder} was damaged",
+            "a whole one",
+            "a fresh --out, or mending the .bad ones",
+        )
     return None
 
 
@@ -137,9 +148,12 @@ def read(path: Path) -> Snapshot:
         content = json.loads((path / MANIFEST).read_bytes())
         stored = content.pop("sha256")
         whole = stored == _digest(content)
-        files, step, progress = content["files"], content["step"], content["progress"]
+        files, step, progress = dict(content["files"]), int(content["step"]), dict(content["progress"])
+        known = content["format"] == 1
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError(f"{path / MANIFEST} cannot be read: {error!r}", "a whole manifest") from error
+    if not known:
+        raise CorruptFileError(f"{path / MANIFEST} has format {content['format']!r}", "format 1")
     if not whole:
         raise CorruptFileError(f"{path / MANIFEST} was changed", "the bytes that were written")
     for name, size in files.items():

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import model_metadata, open_checkpoint, read_safetensors
-from ..errors import CheckpointError, ConfigError, DivergenceError, InputError
+from ..errors import CheckpointError, ConfigError, CorruptFileError, DivergenceError, InputError
 from ..models import RWKV
 from ..state import State
 from . import context_parallel, snapshots
@@ -121,6 +121,15 @@ class Trainer:
         settings: Mapping[str, Settings] | None = None,
         accept_changes: bool = False,
     ) -> None:
+        if model.device.type != "meta" and next(model.parameters()).dtype not in (
+            torch.float32,
+            torch.float64,
+        ):
+            raise InputError(
+                f"the weights are {next(model.parameters()).dtype}",
+                "float32: shorter ones lose most of the small steps",
+                "model.float(), and TrainConfig(precision='bfloat16') for fast products",
+            )
         self.model, self.data, self.config = model, data, config
         self.group = join(model.device, divides="tokens" if config.parallel == "context" else "rows")
         self.group.check(config.batch_size, config.context)
@@ -155,7 +164,7 @@ class Trainer:
             seed=config.seed,
             separator=data.separator,
         )
-        self.progress = Progress()
+        self.progress = Progress(position=self.batches.position())
         self.streams: State | None = None  # where documents that go on in the next step have got to
         self.stopping = False
         self._saved: int | None = None  # the step of the newest checkpoint
@@ -171,11 +180,17 @@ class Trainer:
         with self.group.watch(), self.run or contextlib.nullcontext(), self._signals():
             self._begin()
             self._tell("on_start")
-            self.save()  # of a new run: there is always something to return to
-            # Whichever process was asked to stop, all do so after the same step.
-            while not self.finished and not self.group.any([self.stopping])[0]:
-                self._one_step()
-            self.save()
+            try:
+                self.save()  # of a new run: there is always something to return to
+                # Whichever process was asked to stop, all do so after the same step.
+                while not self.finished and not self.group.any([self.stopping])[0]:
+                    self._one_step()
+                self.save()
+            except BaseException as error:
+                with contextlib.suppress(Exception):  # the cause is what matters, not what comes of it
+                    self._event("failed", str(error) or type(error).__name__)
+                    self._tell("on_end")
+                raise
             self._tell("on_end")
         return self.progress
 
@@ -245,7 +260,8 @@ class Trainer:
             self.run.metrics.append(metrics)
             self.run.timings.append({"step": now.step, "seconds": seconds})
         self._tell("on_step", metrics, seconds)
-        if is_best or (now.step % self.config.save_every == 0 and "skipped" not in metrics):
+        planned = self.finished or now.step % self.config.save_every == 0
+        if is_best or (planned and "skipped" not in metrics):
             good, now.good_step = now.good_step, now.step
             try:
                 self.save()
@@ -298,7 +314,7 @@ class Trainer:
         )
         for (name, _, rule, _), is_bad in zip(learnt, bad, strict=True):
             if is_bad:
-                multiple = rule["initial_lr"] / self.config.learning_rate
+                multiple = rule["initial_lr"] / (self.config.learning_rate or 1)
                 decay = "with" if rule["weight_decay"] else "without"
                 where = f"{multiple:g} x the learning rate, {decay} weight decay"
                 return f"{problem}; among the bad gradients is that of {name} ({where})"
@@ -334,11 +350,11 @@ class Trainer:
         documents: list[Tokens] = []
         n_tokens = 0
         for i in range(held_out.n_documents):
-            document = held_out.document(i)
-            if documents and n_tokens + len(document) > self.config.validation_tokens:
-                break
+            document = held_out.document(i)[: self.config.validation_tokens - n_tokens]
             documents.append(document)
             n_tokens += len(document)
+            if n_tokens >= self.config.validation_tokens:
+                break
         return validate(
             model or self.model,
             documents,
@@ -360,7 +376,10 @@ class Trainer:
             random["cuda"] = torch.cuda.get_rng_state()
         parts: dict[str, snapshots.Part] = {
             "model": (self.group.collect(self.model.state_dict().items()), model_metadata(self.model.config)),
-            "optimizer": (self.group.collect(self._optimizer_tensors()), {}),
+            "optimizer": (
+                self.group.collect(self._optimizer_tensors()),
+                {"optimizer": self.config.optimizer},
+            ),
             "random": (random, {}),
         }
         if self.streams is not None:
@@ -390,18 +409,25 @@ class Trainer:
         if not self._has_folder:
             return
         self.group.on_writer(self._take_folder)
-        if self._load_newest() and self.progress.step:
+        found = self._load_newest()
+        self.group.on_writer(self._describe)
+        if found and self.progress.step:
             self._event("resumed", f"going on after step {self.progress.step}")
 
     def _take_folder(self) -> None:
         assert self.run is not None
-        identity = {
+        self._identity = {
             "model": self._first_weights,
             "data": self.data.train.fingerprint(),
             "validation": self.data.validation.fingerprint() if self.data.validation else None,
         }
-        self.run.describe(self.settings, identity, self.accept_changes)
+        self._changes = self.run.changes(self.settings, self._identity, self.accept_changes)
         snapshots.sweep(self.run.checkpoints)
+
+    def _describe(self) -> None:
+        assert self.run is not None
+        if text := self.run.describe(self.settings, self._identity, self._changes):
+            self.announce(text)
 
     def _load_newest(self) -> bool:
         """Make this trainer what it was at the newest whole checkpoint; return whether there was one."""
@@ -419,13 +445,23 @@ class Trainer:
         assert self.run is not None
 
         def read(snapshot: Snapshot) -> None:
+            stored.clear()
             for part in ("optimizer", "random", "streams"):
                 if part != "streams" or snapshot.file(part).exists():
-                    stored[part], _ = read_safetensors(snapshot.file(part))
+                    stored[part], metadata = read_safetensors(snapshot.file(part))
+                    kind = metadata.get("optimizer", self.config.optimizer)
+                    if kind != self.config.optimizer:
+                        raise ConfigError(f"{snapshot.path} was trained with {kind}", self.config.optimizer)
             with open_checkpoint(snapshot.file("model")) as checkpoint:
-                if set(checkpoint.names) != set(self.model.state_dict()):
-                    raise ConfigError(f"{snapshot.path} is of another model", "the model of this run")
+                if checkpoint.config != self.model.config:
+                    raise ConfigError(
+                        f"{snapshot.path} is of another model: {checkpoint.config}", f"{self.model.config}"
+                    )
                 stored["model"] = {name: checkpoint.read(name) for name in checkpoint.names}
+            try:
+                Progress(**snapshot.progress)
+            except TypeError as error:
+                raise CorruptFileError(f"{snapshot.path} says {error}", "the progress of a run") from error
 
         found = snapshots.newest(self.run.checkpoints, read, lambda text: self._event("damaged", text))
         return found.progress if found else None
@@ -447,8 +483,7 @@ class Trainer:
             whole = State.from_tensors(streams).to(self.model.device)
             self.streams = self.group.state_of_part(whole)
         self.progress, self._saved = progress, progress.step
-        if progress.position:
-            self.batches.seek(progress.position)
+        self.batches.seek(progress.position)
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What the optimizers remember of each parameter, by its name: `exp_avg.emb.weight`, ..."""

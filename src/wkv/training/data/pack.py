@@ -43,6 +43,7 @@ _DESCRIPTION, _TOKENIZER = "data.json", "tokenizer.json"
 _FILES = ("train.bin", "train.idx", "val.bin", "val.idx", _TOKENIZER, _DESCRIPTION)  # the last one comes last
 _UNFINISHED, _LOCK = ".wkv-pack.tmp", ".wkv-pack.lock"
 _LARGEST_DESCRIPTION = 2**20  # bytes
+_NAMED = 100  # sources that data.json lists: a shell may have made ten thousand of one pattern
 
 _PIECE = (
     4 * 2**20
@@ -262,7 +263,8 @@ def pack(
             "seed": seed,
             "held_out": held_out,
             "field": field,
-            "sources": [os.fspath(source) for source in sources],
+            "sources": [os.fspath(source) for source in sources[:_NAMED]],
+            "n_sources": len(sources),
             "skipped": {
                 reason: {"count": count, "examples": skipped.examples[reason]}
                 for reason, count in skipped.counts.items()

@@ -131,8 +131,8 @@ class _Reader:
                         self._unreadable(path, error)
 
     def _files(self, root: Path) -> Iterator[Path]:
-        """The regular files at and below `root`."""
-        waiting = [root]
+        """The regular files at and below `root`: what somebody put there, not what their links lead to."""
+        waiting, inside = [root], _real(root)
         while waiting:
             path = waiting.pop()
             try:
@@ -155,6 +155,8 @@ class _Reader:
             for name in names:
                 if name.startswith("."):
                     self.skipped.add("hidden, its name begins with a dot", str(path / name))
+                elif (path / name).is_symlink() and not _real(path / name).is_relative_to(inside):
+                    self.skipped.add("a link to somewhere outside the folder", str(path / name))
                 elif _data_file(path / name) == path / name:
                     waiting.append(path / name)
 
@@ -234,6 +236,11 @@ class _Reader:
             else:
                 self.skipped.add("empty", name)
             start = end
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads; unlike `Path.resolve`, no error where links lead in circles."""
+    return Path(os.path.realpath(path))
 
 
 def _ends(data: TokenData, separator: int) -> Iterator[int]:

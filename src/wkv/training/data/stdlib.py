@@ -2,7 +2,6 @@
 
     documents = standard_library()                    # about 8.8 MB in 450 files on Python 3.11
     train, held_out = split(documents, seed=0)        # 5 % of the files are never trained on
-    for tokens in windows(train, batch_size=16, length=256, seed=0): ...
 
 Documents are raw bytes and one byte is one token, so nothing is decoded and nothing is lost.
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ...checkpoints import atomic_write
 from ...errors import InputError
 from .pack import draw
 from .sources import Skipped, Text, read
@@ -32,6 +31,8 @@ def make_tokenizer(
     Returns what was skipped. InputError for a vocabulary below 257 or sources without text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from ...checkpoints import atomic_write  # here, as it needs torch, which packing does without
 
     if vocab_size < _LEAST:
         raise InputError(
