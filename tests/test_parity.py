@@ -19,6 +19,7 @@ from torch import Tensor
 
 import wkv
 from wkv import State
+from wkv.training import Data, TokenData
 
 # Of the logits' standard deviation. Where a head reads almost nothing, its GroupNorm magnifies roundings, and
 # the official result itself may be further than that from the exact (float64) one: then three times as far.
@@ -133,6 +134,26 @@ def test_logits_and_states_are_those_of_the_official_package(
         assert state is not None
         assert float((torch.cat(found) - expected).abs().max() / expected.std()) <= allowed
         assert difference_of_states(state, transposed(generation, theirs)) <= 10 * allowed
+
+
+@pytest.mark.parametrize("generation", ["4", "5.2", "6", "7"])
+def test_what_was_trained_on_from_an_official_file_is_official_again(
+    generation: str, official: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.save(random_official(generation, **SIZES["small"], seed=3), tmp_path / "first.pth")
+    model, _ = wkv.load(tmp_path / "first.pth")
+    tokens = torch.randint(1, SIZES["small"]["vocab_size"], (40,), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        before = model(tokens[None])[0][0]
+    data = Data(TokenData.of([tokens.numpy()] * 20), vocab_size=SIZES["small"]["vocab_size"])
+    settings = wkv.TrainConfig(batch_size=2, context=16, tokens=200, learning_rate=1e-3, warmup_tokens=0)
+    wkv.Trainer(model.train(), data, settings).fit()
+    wkv.save(model, tmp_path / "trained.pth")
+    with torch.no_grad():
+        ours = model(tokens[None])[0][0]
+    theirs, _ = run_official(official, tmp_path / "trained.pth", [tokens.tolist()])
+    assert float((ours - before).abs().max() / before.std()) > 0.01  # it did learn
+    assert float((ours - theirs).abs().max() / theirs.std()) <= 2e-4
 
 
 @torch.no_grad()
