@@ -142,6 +142,7 @@ def test_packed_data_know_their_tokenizer(run, texts, tmp_path):
     status, _, err = run("packed", "--out", "here", *TINY, *SHORT, "--order", "documents")
     assert status == 0, err
     assert not list((tmp_path / "here").glob("data*"))
+    assert "documents of more than 16 tokens are cut" in err
     assert run("packed", "--tokenizer", "world", "--out", "there")[0] == 2
 
 

@@ -105,6 +105,7 @@ def train(
     from .. import loading
     from ..checkpoints import model_metadata, write_safetensors
     from ..training import Trainer
+    from ..training.data.batches import n_longer_documents
     from ..training.distributed import join, own_device
     from .train_display import Report, Samples, Terminal
 
@@ -133,6 +134,11 @@ def train(
         )
     model.train().float()
 
+    n_cut = n_longer_documents(corpus.train, training.context) if training.order == "documents" else 0
+    if n_cut and group.is_writer:
+        note(
+            f"{n_cut:,} documents of more than {training.context:,} tokens are cut; streams reads them whole"
+        )
     callbacks: list[Any] = [Terminal(), Report()]
     if prompt:
         if corpus.validation is None or corpus.tokenizer is None:

@@ -225,7 +225,8 @@ class RWKV(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 over the config and every weight, hex: equal only for the same weights in the same dtype.
 
-        Takes about a second per gigabyte, once: it is remembered until a weight changes.
+        Takes about a second per gigabyte, once: it is remembered until a weight changes. (A fused optimizer
+        changes weights unseen; wkv's own say so, `torch.autograd.graph.increment_version` does for others.)
         """
         tensors = self.state_dict()
         version = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors.values())

@@ -1,8 +1,10 @@
 """Who listens to a run: progress bars, samples, TensorBoard, reports, and whatever else is wanted.
 
-class Ring(Callback):
-    def on_end(self, trainer):
-        print("\\a")
+    class Ring(Callback):
+        def on_end(self, trainer):
+            print("\\a")
+
+`Trainer(..., callbacks=[Ring()])` then rings when the run is over.
 """
 
 from __future__ import annotations

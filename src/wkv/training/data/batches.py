@@ -56,10 +56,6 @@ class Batches(Protocol):
     """Batches without end, from any place."""
 
     @property
-    def n_tokens_per_batch(self) -> int:
-        """B * T, padding included."""
-
-    @property
     def epoch(self) -> int:
         """How often the data was read to its end before what the next batch begins with."""
 
@@ -188,7 +184,6 @@ class _Windows:
     def __init__(
         self, order: str, data: TokenData, batch_size: int, context: int, start: Start, per_epoch: int
     ) -> None:
-        self.n_tokens_per_batch = batch_size * context
         self._order, self._data, self._batch_size, self._context = order, data, batch_size, context
         self._start, self._per_epoch = start, per_epoch
         self._read = 0  # windows so far
@@ -261,7 +256,6 @@ class _Documents:
     """
 
     def __init__(self, data: TokenData, batch_size: int, context: int, seed: int, separator: int) -> None:
-        self.n_tokens_per_batch = batch_size * context
         self._data, self._batch_size, self._context, self._separator = data, batch_size, context, separator
         self._shuffle = _Shuffle(data, seed)
         self._rest = _NOTHING  # of the document drawn last
@@ -325,7 +319,6 @@ class _Streams:
     """Rows that read documents from end to end; the next document goes to the row that is through first."""
 
     def __init__(self, data: TokenData, batch_size: int, context: int, seed: int, separator: int) -> None:
-        self.n_tokens_per_batch = batch_size * context
         self._data, self._context, self._separator = data, context, separator
         self._shuffle = _Shuffle(data, seed)
         self._rest = [_NOTHING] * batch_size  # of the document that each row reads

@@ -45,9 +45,7 @@ _UNFINISHED, _LOCK = ".wkv-pack.tmp", ".wkv-pack.lock"
 _LARGEST_DESCRIPTION = 2**20  # bytes
 _NAMED = 100  # sources that data.json lists: a shell may have made ten thousand of one pattern
 
-_PIECE = (
-    4 * 2**20
-)  # characters encoded at once: as a list of Python's integers, they are forty times as large
+_PIECE = 4 * 2**20  # characters encoded at once: as a list of Python's integers, forty times as large
 _BATCH = 2**18  # characters that go to another process together
 _ALONE = 32 * 2**20  # characters encoded here, before starting other processes pays
 
