@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import wkv
 from wkv.training import linear_cross_entropy, make_optimizers
+from wkv.training.memory import kept_memory
 
 SIZES = dict(vocab_size=8192, n_layer=6, n_embd=512)
 SHAPES = [(4, 512), (1, 4096)]  # B x T
@@ -148,6 +149,11 @@ def main() -> None:
     parser.add_argument("--measure-memory", nargs=3, metavar=("MODEL", "B", "T"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    with kept_memory():  # as the trainer does
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     if args.measure_memory:
         name, B, T = args.measure_memory
         print(peak_bytes_per_token(name, int(B), int(T)))

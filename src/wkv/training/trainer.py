@@ -38,6 +38,7 @@ from .config import Settings, TrainConfig
 from .data.batches import IGNORE, Batch, make_batches
 from .distributed import Group, fill, join, norm, own_part, prepare
 from .loss import linear_cross_entropy
+from .memory import kept_memory
 from .optim import learning_rate, make_optimizers, set_learning_rate
 from .run_folder import RunFolder
 from .snapshots import Snapshot
@@ -177,7 +178,8 @@ class Trainer:
         cannot be written. The checkpoints that are there stay usable in every case.
         """
         self.stopping = False
-        with self.group.watch(), self.run or contextlib.nullcontext(), self._signals():
+        run = self.run or contextlib.nullcontext()
+        with kept_memory(), self.group.watch(), run, self._signals():
             self._begin()
             self._tell("on_start")
             try:
