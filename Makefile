@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 ARCH   ?= rwkv7
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow scorecard check bench clean
+.PHONY: demo test test-slow scorecard check bench pretrained clean
 
 demo: $(READY)            ## train a small RWKV on the source code of this Python, then let it write
 	$(VENV)/bin/wkv demo --arch $(ARCH)
@@ -27,6 +27,24 @@ check: $(READY)
 bench: $(READY)           ## side by side with the official package; wants an idle machine
 	$(RUN) benchmarks/against_rwkv.py
 	$(RUN) benchmarks/scaling.py
+
+# Interrupted anywhere, the same command goes on.
+WORK := runs/python
+pretrained: $(WORK)/run/model.safetensors $(WORK)/transformer.safetensors ## the model that comes with wkv, again from its seed: three hours of two cores
+	$(RUN) benchmarks/model_card.py $(WORK)
+
+$(WORK)/tokenizer.json: | $(READY)
+	$(VENV)/bin/wkv data tokenizer stdlib --vocab-size 2048 --out $@
+
+$(WORK)/data/data.json: $(WORK)/tokenizer.json
+	$(VENV)/bin/wkv data pack stdlib --tokenizer $< --out $(WORK)/data
+
+$(WORK)/run/model.safetensors: $(WORK)/data/data.json
+	$(VENV)/bin/wkv train $(WORK)/data --config pretrained/run.toml --out $(WORK)/run --prompt "def "
+	@test -f $@
+
+$(WORK)/transformer.safetensors: $(WORK)/data/data.json
+	$(RUN) benchmarks/transformer.py $(WORK)
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,14 +3,14 @@
     python benchmarks/transformer.py runs/python [--threads 2]
 
 Reads runs/python/data and pretrained/run.toml, as `make pretrained` left them, and writes
-runs/python/transformer.safetensors. It is not resumed: what is read back from a run's checkpoints is RWKV.
+runs/python/transformer.safetensors. Stopped anywhere, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,11 +63,13 @@ def main() -> None:
     config, training = settings()
     torch.manual_seed(training.seed)
     model = transformer(config, training.context)
-    started = time.perf_counter()
     data = open_data(args.folder / "data")
-    wkv.Trainer(model, dataclasses.replace(data, validation=None), training, [Show()]).fit()
+    data = dataclasses.replace(data, validation=None)
+    trainer = wkv.Trainer(model, data, training, [Show()], folder=args.folder / "transformer")
+    trainer.fit()
+    if not trainer.finished:
+        sys.exit("stopped; the same command goes on")
     save_file(dict(model.state_dict()), args.folder / WEIGHTS)
-    print(f"{(time.perf_counter() - started) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

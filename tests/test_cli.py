@@ -25,7 +25,7 @@ from wkv.checkpoints import open_checkpoint, write_pth, write_safetensors
 from wkv.cli import COMMANDS, _app, main
 from wkv.cli import bench as bench_module
 from wkv.cli.chat import KEPT, Chat
-from wkv.cli.common import ModelFlags, SamplingFlags, human_bytes, torch_dtype
+from wkv.cli.common import CODE_SAMPLING, ModelFlags, SamplingFlags, human_bytes, torch_dtype
 from wkv.config import RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
 from wkv.errors import InputError
 from wkv.inference import G1, WORLD, Sampling, Session
@@ -81,17 +81,11 @@ def is_one_line(text):
 # The frame: menu, help, errors, exit status.
 
 
-def test_wkv_alone_shows_a_short_menu_that_begins_with_the_demo(wkv_command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_wkv_alone_shows_a_short_menu_of_what_works_without_a_file(wkv_command):
     result = wkv_command()
     assert result.status == 0
     assert len(result.out.splitlines()) <= 7
-    assert result.out.index("wkv demo") < result.out.index("wkv chat")
-
-
-def test_the_menu_offers_the_model_that_the_demo_made(wkv_command, folder):
-    make_demo_model(folder)
-    assert "wkv generate" in wkv_command().out.splitlines()[2]
+    assert result.out.index("wkv generate") < result.out.index("wkv demo") < result.out.index("wkv chat")
 
 
 def test_the_list_of_commands_says_what_each_is_for(wkv_command):
@@ -163,7 +157,6 @@ WRONG = [
     # (what is typed, the exit status, the bad value that the message must name, what it must suggest)
     ("genrate x", 2, "genrate", "generate"),
     ("--nothing", 2, "--nothing", "wkv --help"),
-    ("info", 2, "FILE", "wkv info --help"),
     ("info modle.safetensors", 1, "modle.safetensors", "model.safetensors"),
     ("info model.safetensors other", 2, "other", "wkv info --help"),
     ("info .", 1, ".", ".safetensors"),
@@ -172,7 +165,6 @@ WRONG = [
     ("info broken.safetensors", 1, "broken.safetensors", "fresh copy"),
     ("info model.safetensors --jsn", 2, "--jsn", "--json"),
     ("generate", 2, "no prompt", "wkv generate"),
-    ("generate hello", 2, "runs/demo/model.safetensors", "wkv demo"),
     ("generate model.safetensors", 2, "model.safetensors", 'model.safetensors "def "'),
     ("generate modle.safetensors hello", 1, "modle.safetensors", "model.safetensors"),
     ("generate noise.pth hello", 1, "noise.pth", ".safetensors"),
@@ -194,7 +186,6 @@ WRONG = [
     ("generate model.safetensors x --tokenizer world", 1, "world", "256"),
     ("generate model.safetensors x --logprobs 2", 2, "--logprobs", "--json"),
     ("generate odd.safetensors x", 1, "300", "--tokenizer"),
-    ("chat", 2, "runs/demo/model.safetensors", "wkv demo"),
     ("chat modle.safetensors", 1, "modle.safetensors", "model.safetensors"),
     ("chat model.safetensors --format wrld", 2, "wrld", "world"),
     ("chat model.safetensors --format world --think", 1, "world", "g1"),
@@ -223,7 +214,7 @@ def test_a_wrong_command_line_gets_one_line_that_names_the_value_and_a_way_out(
     result = wkv_command(*shlex.split(line))
     assert result.status == status
     assert result.out == ""
-    assert is_one_line(result.err.removeprefix("using runs/demo/model.safetensors\n"))
+    assert is_one_line(result.err)
     assert value in result.err
     assert advice in result.err
 
@@ -291,11 +282,6 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 # generate
 
 
-def make_demo_model(folder):
-    (folder / "runs/demo").mkdir(parents=True)
-    (folder / "model.safetensors").rename(folder / "runs/demo/model.safetensors")
-
-
 def test_generate_prints_what_the_library_generates(wkv_command, folder, tiny):
     options = {"max_tokens": 30, "seed": 7, "temperature": 0.8}
     expected = wkv.generate(tiny, bytes_(), "hello", **options)
@@ -308,12 +294,23 @@ def test_generate_prints_what_the_library_generates(wkv_command, folder, tiny):
     )
 
 
-def test_a_single_argument_is_the_prompt_for_the_model_of_the_demo(wkv_command, folder):
-    make_demo_model(folder)
-    result = wkv_command("generate", "hello", "--max-tokens", 3)
+def test_a_single_argument_is_the_prompt_for_the_model_that_comes_with_wkv(wkv_command):
+    result = wkv_command("generate", "def ", "--max-tokens", 3, "--json", "--seed", 1)
     assert result.status == 0
-    assert result.err.startswith("using runs/demo/model.safetensors\n")
-    assert "prompt: 5 tokens" in result.err
+    assert result.err.startswith("no model was named: ")
+    model, tokenizer = wkv.load()
+    session = Session(model, tokenizer)
+    session.feed("def ")
+    assert json.loads(result.out)["text"] == session.generate(3, seed=1, **CODE_SAMPLING)
+
+
+def test_flags_come_before_what_suits_the_model(wkv_command, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(Session, "steps", lambda self, n, stop, **options: seen.update(options) or iter(()))
+    assert wkv_command("generate", "def ", "--presence-penalty", 0.3).status == 0
+    assert seen["presence_penalty"] == 0.3
+    assert seen["frequency_penalty"] == 0
+    assert seen["top_k"] == Sampling().top_k
 
 
 def set_stdin(monkeypatch, data):
@@ -381,10 +378,11 @@ def test_ctrl_c_keeps_what_was_written_and_ends_with_130(wkv_command, folder, mo
     assert result.out.endswith("\n")
 
 
-def test_the_sampling_flags_are_the_fields_and_defaults_of_the_library():
+def test_the_sampling_flags_are_the_settings_of_the_library():
     library = dataclasses.asdict(Sampling())
     assert library.pop("logit_bias") == {}  # has no place on a command line
-    assert dataclasses.asdict(SamplingFlags()) == library
+    assert set(dataclasses.asdict(SamplingFlags())) == set(library)
+    assert SamplingFlags().over() == Sampling()
 
 
 def test_every_sampling_flag_reaches_the_sampler(wkv_command, folder, monkeypatch):
@@ -397,7 +395,7 @@ def test_every_sampling_flag_reaches_the_sampler(wkv_command, folder, monkeypatc
     monkeypatch.setattr(Session, "steps", lambda self, n, stop, **options: seen.update(options) or iter(()))
     flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
     assert wkv_command("generate", "model.safetensors", "x", *flags).status == 0
-    assert seen == {**values, "logprobs": None}
+    assert seen == {**values, "logit_bias": {}, "logprobs": None}
 
 
 @pytest.mark.parametrize(

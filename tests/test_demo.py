@@ -19,6 +19,7 @@ import wkv
 from wkv import evaluation, plots, training
 from wkv.cli import demo as command
 from wkv.cli import main
+from wkv.cli.progress import ProgressLine
 from wkv.training import Document, Trainer
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -88,11 +89,14 @@ def test_every_generation_trains_saves_reports_and_writes(
     assert "![bits per byte during the training](loss.png)" in text
     assert (out / "loss.png").read_bytes().startswith(PNG)
 
-    # The completion is streamed to stdout, recurrent, and kept in the report.
-    completion = shown.out.removeprefix("\n").split("\n\n  bits per byte")[0]
-    assert completion.startswith("def ") and len(completion) > 30
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", completion)  # commands to the terminal
-    assert "\n".join(f"    {line}" for line in completion.split("\n")) in text
+    # Two completions are streamed to stdout and kept in the report: its own, and that of the model of wkv.
+    written = shown.out.removeprefix("\nIt writes:\n\n").split("\n\n\n  bits per byte")[0]
+    own, title, shipped = re.split(r"\n\n(The model that comes with wkv, .* writes:)\n\n", written)
+    assert "5,879,040 parameters" in title
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", own)  # commands to the terminal
+    for completion in (own, shipped):
+        assert completion.startswith("def ") and len(completion) > 30
+        assert "\n".join(f"    {line}" for line in completion.split("\n")) in text
     assert "next:" in shown.out and "report.md" in shown.out
     assert f"gzip -9: {figures.gzip:.2f} bits/byte" in shown.err
     progress = re.findall(r"loss \d\.\d{3} +\d\.\d\d bits/byte .* 8,192 tokens/s +0:0[012] left", shown.err)
@@ -184,12 +188,13 @@ def test_a_terminal_gets_one_live_line(
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
     monkeypatch.setenv("COLUMNS", "120")
     history: list[command.Moment] = []
-    with command._display() as (show, say):
-        for i in range(1, 201):
-            history.append(command.Moment(i, 1024 * i, 0.9 * i, 0.005 * i, 2.0))
-            show(history[-1].done, command._progress_line(history, 1.97))
-            if i in (50, 100, 150):
-                say("it writes 'def a[b]'")
+    progress = ProgressLine()
+    for i in range(1, 201):
+        history.append(command.Moment(i, 1024 * i, 0.9 * i, 0.005 * i, 2.0))
+        progress.show(history[-1].done, command._progress_line(history, 1.97))
+        if i in (50, 100, 150):
+            progress.say("it writes 'def a[b]'")
+    progress.close()
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capsys.readouterr().err)
     assert "loss 2.000   2.89 bits/byte (gzip 1.97)   1,138 tokens/s   0:00 left" in shown
     assert shown.count("it writes 'def a[b]'\n") == 3

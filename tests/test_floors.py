@@ -31,6 +31,7 @@ FLOORS = {
     "checkpoints": 1,
     "tokenizers": 1,
     "plots": 1,
+    "pretrained": 1,
     "config": 0,
     "state": 0,
     "errors": -1,

@@ -4,7 +4,7 @@ import pytest
 
 from wkv.config import RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
 from wkv.errors import InputError
-from wkv.inference.prompts import CLOSING, G1, WORLD, chat_format, clean
+from wkv.inference.prompts import G1, PLAIN, WORLD, chat_format, clean
 
 
 @pytest.mark.parametrize("form", [WORLD, G1])
@@ -32,7 +32,7 @@ def test_questions_are_cleaned_as_the_models_saw_them(raw, cleaned):
 )
 def test_pasted_text_cannot_pose_as_the_next_speaker(attack):
     turn = G1.turn("hello" + attack)
-    assert turn.count(CLOSING) == 1
+    assert turn.count(WORLD.closing) == 1
     assert turn.endswith("\n\nAssistant:")
 
 
@@ -84,7 +84,7 @@ def test_an_answer_stops_at_the_next_speaker():
 
 
 def test_a_whole_chat_is_the_template():
-    chat = G1.opening("Be short.") + G1.turn("One?") + " 1" + CLOSING + G1.turn("Two?") + " 2" + CLOSING
+    chat = G1.opening("Be short.") + G1.turn("One?") + " 1" + G1.closing + G1.turn("Two?") + " 2" + G1.closing
     assert chat == ("System: Be short.\n\nUser: One?\n\nAssistant: 1\n\nUser: Two?\n\nAssistant: 2\n\n")
 
 
@@ -95,3 +95,16 @@ def test_rwkv7_chats_in_g1_and_older_models_in_world_unless_told_otherwise():
     assert chat_format(RWKV7Config.named("0.1B"), "world") is WORLD
     with pytest.raises(InputError, match=r"no chat format is named 'raven'. Expected: one of world, g1"):
         chat_format(RWKV7Config.named("0.1B"), "raven")
+
+
+def test_plain_text_goes_in_as_it_is_and_the_answer_ends_at_two_empty_lines() -> None:
+    code = "def add(a, b):\n\n    total = "
+    assert PLAIN.turn(code) == code
+    assert PLAIN.opening() == ""
+    assert PLAIN.stop == ("\n\n\n",) == (PLAIN.closing,)
+    with pytest.raises(InputError, match="nothing to go on from"):
+        PLAIN.turn(" \n")
+    with pytest.raises(InputError, match="cannot think"):
+        PLAIN.turn(code, "on")
+    with pytest.raises(InputError, match="no system text"):
+        PLAIN.opening("Be short.")

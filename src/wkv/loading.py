@@ -1,6 +1,7 @@
 """The one place where files become models, and models files.
 
     model, tokenizer = load("RWKV-x070-World-0.1B.pth")
+    model, tokenizer = load()                            # the small one that comes with wkv
     save(model, "model.safetensors")
 
 A model is first built without memory; then one tensor after the other is read, checked, and copied once
@@ -33,13 +34,14 @@ from .checkpoints import (
 from .config import Config
 from .errors import CheckpointError
 from .models import RWKV, build
+from .pretrained import MODEL
 from .tokenizers import Tokenizer
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def load(
-    path: str | PathLike[str],
+    path: str | PathLike[str] = MODEL,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -49,7 +51,7 @@ def load(
     """The model in a file, in eval mode, and its tokenizer.
 
     path       an official .pth, a plain .safetensors with official names, or what `save` wrote; the
-               content tells which
+               content tells which. Without it, the small model that comes with wkv and writes Python
     dtype      of the weights; None keeps the file's (in a mixed file, the one of most of its numbers)
     tokenizer  a Tokenizer, a name ("world", "bytes") or the path of a tokenizer.json; None looks for a
                file beside the checkpoint, then goes by the vocabulary size, and may find none (None)

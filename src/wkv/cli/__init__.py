@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from ..errors import Error
-from .common import DEMO_MODEL, UsageError, note, printable
+from .common import UsageError, note, printable
 
 # What follows the name on the usage line; None where the command has commands of its own, which say it.
 COMMANDS = {
     "demo": "[OPTIONS]",
     "train": "[SOURCE...] [OPTIONS]",
     "data": None,
-    "info": "FILE [OPTIONS]",
+    "info": "[FILE] [OPTIONS]",
     "generate": "[MODEL] PROMPT [OPTIONS]",
     "chat": "[MODEL] [OPTIONS]",
     "bench": "[MODEL] [OPTIONS]",
@@ -93,16 +93,16 @@ def _version() -> str:
 
 
 def _menu() -> None:
-    """What to type next: the demo comes first until it has made a model."""
+    """What to type next."""
     lines = [
-        ("wkv demo", "train a small model on this computer, in 3 minutes"),
-        ('wkv generate "def "', f"let {DEMO_MODEL} write"),
+        ('wkv generate "def "', "let the small model that comes with wkv write Python"),
+        ("wkv demo", "train such a model on this computer, in 3 minutes"),
         ("wkv chat model.pth", "talk to a model"),
         ("wkv info model.pth", "what is this file?"),
         ("wkv --help", "every command; each has --help with examples"),
     ]
     print("RWKV language models, generations 4 to 7.\n")
-    for command, purpose in lines[1:] if DEMO_MODEL.exists() else lines[:1] + lines[2:]:
+    for command, purpose in lines:
         print(f"  {command:<22}{purpose}")
 
 

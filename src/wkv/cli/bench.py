@@ -62,7 +62,8 @@ def bench(
     Parameters
     ----------
     model
-        a checkpoint, or the name of a published size, which is then built with random weights
+        a checkpoint, or the name of a published size, which is then built with random weights; without it,
+        the model that comes with wkv
     as_json
         print one JSON object instead
     """

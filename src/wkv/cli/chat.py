@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from cyclopts import Parameter
 
 from ..errors import Error, InputError
-from .common import MODEL_DEFAULTS, ModelFlags, SamplingFlags, human_bytes, note, open_model, write_out
+from .common import (
+    CODE_SAMPLING,
+    MODEL_DEFAULTS,
+    NO_SAMPLING_FLAGS,
+    ModelFlags,
+    SamplingFlags,
+    human_bytes,
+    note,
+    open_model,
+    write_out,
+)
 
 if TYPE_CHECKING:
     from ..inference import ChatFormat, Sampling, Session
@@ -31,7 +41,7 @@ HELP = """\
   /quit             leave; so does Ctrl-D
 Ctrl-C stops an answer. A line that ends in \\ continues; so does everything between two lines of \"\"\"."""
 
-CHAT_SAMPLING = SamplingFlags(top_p=0.5, presence_penalty=0.5, frequency_penalty=0.5)
+CHAT_SAMPLING = dict(top_p=0.5, presence_penalty=0.5, frequency_penalty=0.5)
 BLOCK = '"""'
 KEPT = 50  # positions that /undo can return to: each holds a state, megabytes in a large model
 ENDINGS = {
@@ -120,10 +130,8 @@ class Chat:
 
     def answer(self, question: str) -> None:
         """One turn. The position moves only when the whole question was read: Ctrl-C before that drops it."""
-        from ..inference.prompts import CLOSING
-
         session = self.positions[-1].fork()
-        before = CLOSING if session.n_tokens else self.opening
+        before = self.form.closing if session.n_tokens else self.opening
         session.feed(before + self.form.turn(question, self.think))
         self._move(session)
         start, n_before = time.perf_counter(), session.n_tokens
@@ -132,7 +140,7 @@ class Chat:
         finish = "interrupt"
         with contextlib.suppress(KeyboardInterrupt):
             for step in session.steps(self.max_tokens, self.form.stop, **dataclasses.asdict(self.sampling)):
-                text = step.text if shown else step.text.lstrip()  # the space after "Assistant:"
+                text = step.text if shown or not self.form.roles else step.text.lstrip()  # after "Assistant:"
                 shown = shown or text
                 self.write(text)
                 finish = step.finish or finish
@@ -227,11 +235,11 @@ def chat(
     model: str | None = None,
     /,
     *,
-    form: Annotated[Literal["world", "g1"] | None, Parameter(name="--format")] = None,
+    form: Annotated[Literal["world", "g1", "plain"] | None, Parameter(name="--format")] = None,
     think: bool = False,
     system: str = "",
     max_tokens: int = 1024,
-    sampling: SamplingFlags = CHAT_SAMPLING,
+    sampling: SamplingFlags = NO_SAMPLING_FLAGS,
     how: ModelFlags = MODEL_DEFAULTS,
 ) -> None:
     """Talk to a model in the terminal.
@@ -249,9 +257,10 @@ def chat(
     Parameters
     ----------
     model
-        a checkpoint, .pth or .safetensors; without it, the one that wkv demo made
+        a checkpoint, .pth or .safetensors; without it, the one that comes with wkv
     form
-        how turns are written: world for RWKV-4 to 6, g1 for RWKV-7; without it, by the model
+        how turns are written: world for RWKV-4 to 6, g1 for RWKV-7, plain to write on from what you type;
+        without it, by the model
     think
         let a G1 model think before it answers; /set think low and others choose how much
     system
@@ -260,13 +269,15 @@ def chat(
         cut an answer off after this many tokens
     """
     path, network, tokenizer = open_model(model, how)
-    from ..inference import Sampling, Session, chat_format
+    from ..inference import Session, chat_format
 
+    if model is None:
+        form = form or "plain"  # that model has never seen a conversation
     session = Session(network, tokenizer)
     conversation = Chat(
         session,
         chat_format(network.config, form),
-        Sampling(**dataclasses.asdict(sampling)),
+        sampling.over(**CODE_SAMPLING if model is None else CHAT_SAMPLING),
         system=system,
         think="on" if think else "off",
         max_tokens=max_tokens,

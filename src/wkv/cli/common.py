@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -15,10 +16,10 @@ from ..errors import Error, InputError, TokenizerError
 if TYPE_CHECKING:
     import torch
 
+    from ..inference import Sampling
     from ..models import RWKV
     from ..tokenizers import Tokenizer
 
-DEMO_MODEL = Path("runs/demo/model.safetensors")
 MODEL_SUFFIXES = (".pth", ".safetensors")
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp64", "float32", "bfloat16", "float16", "float64"]
@@ -61,38 +62,48 @@ class SamplingFlags:
     Parameters
     ----------
     temperature
-        0: always the best token; higher is wilder
+        0: always the best token; higher is wilder (1)
     top_p
-        keep the likeliest, up to this probability
+        keep the likeliest, up to this probability (0.85; chat 0.5)
     top_k
-        keep this many of the likeliest; 0: all
+        keep this many of the likeliest; 0: all (0)
     min_p
-        keep those with this share of the best's
+        keep those with this share of the best's (0)
     presence_penalty
-        lowers tokens written before
+        lowers tokens written before (0.2; chat 0.5)
     frequency_penalty
-        the same, for each time written
+        the same, for each time written (0.2; chat 0.5)
     penalty_decay
-        how it fades, per token
+        how it fades, per token (0.996)
     repetition_penalty
-        divides scores of tokens written before
+        divides scores of tokens written before (1: off)
     seed
         the same seed gives the same text
     """
 
-    temperature: float = 1.0
-    top_p: float = 0.85
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.2
-    frequency_penalty: float = 0.2
-    penalty_decay: float = 0.996
-    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    penalty_decay: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
+
+    def over(self, **usual: Any) -> Sampling:
+        """The settings that were given, above the usual ones of a command, above those of the library."""
+        from ..inference import Sampling
+
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return Sampling(**usual | given)
 
 
 MODEL_DEFAULTS = ModelFlags()
-SAMPLING_DEFAULTS = SamplingFlags()
+NO_SAMPLING_FLAGS = SamplingFlags()
+
+# Penalties are made for words: in code they soon forbid the brackets.
+CODE_SAMPLING: dict[str, Any] = dict(temperature=0.7, top_p=0.9, presence_penalty=0.0, frequency_penalty=0.0)
 
 
 def note(text: str, style: str | None = None) -> None:
@@ -170,22 +181,18 @@ def find_file(name: str, expected: str) -> Path:
     there = [str(file) for file in folder.glob("*") if file.suffix in MODEL_SUFFIXES and file.is_file()]
     near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.0)
     problem = "is a folder" if path.is_dir() else "does not exist"
-    advice = ", ".join(near) if near else "wkv demo, which makes a small model in 3 minutes"
+    advice = ", ".join(near) if near else "no name, for the small model that comes with wkv"
     raise InputError(f"{name} {problem}", expected, advice)
 
 
 def find_model(name: str | None) -> Path:
-    """The checkpoint that the user means; without a name, the one that `wkv demo` made here."""
+    """The checkpoint that the user means; without a name, the one that comes with wkv."""
     if name is not None:
         return find_file(name, "a checkpoint, .pth or .safetensors")
-    if not DEMO_MODEL.exists():
-        raise UsageError(
-            f"no model was named, and {DEMO_MODEL} does not exist",
-            "a checkpoint, .pth or .safetensors",
-            "naming one, or wkv demo, which makes that one in 3 minutes",
-        )
-    note(f"using {DEMO_MODEL}")
-    return DEMO_MODEL
+    from ..pretrained import MODEL
+
+    note("no model was named: this is the small one that comes with wkv, which writes Python")
+    return MODEL
 
 
 def load_model(path: Path, how: ModelFlags) -> tuple[RWKV, Tokenizer | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import platform
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..config import Config, RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
 from ..errors import MissingExtraError
-from .common import DEMO_MODEL, UsageError, human_bytes, note, write_out
+from .common import CODE_SAMPLING, UsageError, human_bytes, note, write_out
+from .progress import ProgressLine
 
 if TYPE_CHECKING:
     from ..evaluation import Compression
@@ -30,11 +30,12 @@ BATCH_SIZE, LENGTH = 8, 128
 WEIGHT_DECAY = 0.1
 POSITIONS = (100, 10_000)  # where a recurrent step is timed
 COMPARED_TOKENS = 1024  # read in both forms
-PROMPT, TEMPERATURE = "def ", 0.7
+PROMPT = "def "
 SAMPLE_TOKENS, COMPLETION_TOKENS = 60, 400
+OUT, MODEL_NAME = Path("runs/demo"), "model.safetensors"
 
 
-def demo(*, arch: Arch = "rwkv7", minutes: float = 3.0, out: Path = DEMO_MODEL.parent, seed: int = 0) -> None:
+def demo(*, arch: Arch = "rwkv7", minutes: float = 3.0, out: Path = OUT, seed: int = 0) -> None:
     """Train a small model from scratch, then let it write.
 
     It learns from the source code of Python's own library on this machine: nothing is downloaded.
@@ -77,7 +78,7 @@ def demo(*, arch: Arch = "rwkv7", minutes: float = 3.0, out: Path = DEMO_MODEL.p
 
     trainer = Trainer(model, _data(read), _train_config(settings, minutes, seed))
     history = _follow(trainer, gzip, sample=lambda: _sample(model, seed))
-    path = out / DEMO_MODEL.name
+    path = out / MODEL_NAME
     loading.save(model, path)
     note(f"saved {path}; now measuring that file, loaded again (about a minute)")
 
@@ -85,13 +86,15 @@ def demo(*, arch: Arch = "rwkv7", minutes: float = 3.0, out: Path = DEMO_MODEL.p
     assert tokenizer is not None
     measured = _measure(loaded, read, held_out)
     picture = _draw(history, measured, out / "loss.png")
-    write_out(f"\n{PROMPT}")
-    completion = PROMPT
-    for piece in _write(loaded, tokenizer, COMPLETION_TOKENS, seed):
-        completion += piece
-        write_out(piece)
+    completion = _show_writing("It writes:", loaded, tokenizer, COMPLETION_TOKENS, seed)
+    shipped, words = loading.load()
+    assert words is not None
+    longer = (
+        f"The model that comes with wkv, {_parameters(shipped):,} parameters, learnt for longer, and writes:"
+    )
+    theirs = _show_writing(longer, shipped, words, COMPLETION_TOKENS // 3, seed)  # a token has about 3 bytes
     command = f"wkv demo --arch {arch} --minutes {minutes:g} --out {shlex.quote(str(out))} --seed {seed}"
-    report = _report(command, settings, history, held_out, measured, picture, completion)
+    report = _report(command, settings, history, held_out, measured, picture, completion, theirs)
     with atomic_write(out / "report.md") as file:
         file.write(report.encode())
     write_out(f"\n\n{_card(out, history, measured)}")
@@ -178,19 +181,24 @@ def _follow(trainer: Trainer, gzip: float, sample: Callable[[], str]) -> list[Mo
     history: list[Moment] = []
 
     class Show(Callback):
+        def on_start(self, trainer: Trainer) -> None:
+            self.progress = ProgressLine()
+
+        def on_end(self, trainer: Trainer) -> None:
+            self.progress.close()
+
         def on_step(self, trainer: Trainer, metrics: Mapping[str, Any], seconds: float) -> None:
             now = trainer.progress
             before = history[-1].done if history else 0.0
             history.append(
                 Moment(now.step, now.tokens, now.seconds, trainer.done, metrics["loss"] or math.nan)
             )
-            show(trainer.done, _progress_line(history, gzip))
+            self.progress.show(trainer.done, _progress_line(history, gzip))
             if int(4 * before) < int(4 * trainer.done) < 4:
-                say(f"after {now.seconds:.0f} s it writes {sample()}")
+                self.progress.say(f"after {now.seconds:.0f} s it writes {sample()}")
 
     trainer.callbacks.append(Show())
-    with _display() as (show, say):
-        trainer.fit()
+    trainer.fit()
     if not history:
         raise KeyboardInterrupt  # before anything was learnt: nothing to keep
     return history
@@ -206,41 +214,22 @@ def _progress_line(history: list[Moment], gzip: float) -> str:
     )
 
 
-@contextlib.contextmanager
-def _display() -> Iterator[tuple[Callable[[float, str], None], Callable[[str], None]]]:
-    """Two functions: show(done, line) keeps one line up to date, say(line) prints one that stays.
-
-    Where stderr is not a terminal, `show` prints its line twenty times in all.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    console = Console(stderr=True)
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-    if console.is_terminal:
-        with Progress(BarColumn(20), TextColumn("{task.description}", markup=False), console=console) as bar:
-            task = bar.add_task("", total=1.0)
-            yield lambda done, line: bar.update(task, completed=done, description=line), say
-    else:
-        shown = 0
-
-        def show(done: float, line: str) -> None:
-            nonlocal shown
-            if int(20 * done) > shown:
-                shown = int(20 * done)
-                say(line)
-
-        yield show, say
-
-
 def _sample(model: RWKV, seed: int) -> str:
     """A line on the way: what the model has learnt so far."""
     from ..tokenizers import bytes_
 
     return repr(PROMPT + "".join(_write(model, bytes_(), SAMPLE_TOKENS, seed)))
+
+
+def _show_writing(title: str, model: RWKV, tokenizer: Tokenizer, max_tokens: int, seed: int) -> str:
+    """Print what the model writes as it writes it, and return it."""
+    write_out(f"\n{title}\n\n{PROMPT}")
+    text = PROMPT
+    for piece in _write(model, tokenizer, max_tokens, seed):
+        text += piece
+        write_out(piece)
+    write_out("\n")
+    return text
 
 
 def _write(model: RWKV, tokenizer: Tokenizer, max_tokens: int, seed: int) -> Iterator[str]:
@@ -250,16 +239,8 @@ def _write(model: RWKV, tokenizer: Tokenizer, max_tokens: int, seed: int) -> Ite
     session = Session(model, tokenizer)
     session.feed(PROMPT)
     unprintable = {byte: -1e10 for byte in [*range(32), 127] if byte not in b"\t\n"}  # commands to a terminal
-    # No penalties: they are made for words, and would soon forbid the letters of a byte-level model.
-    return session.stream(
-        max_tokens,
-        temperature=TEMPERATURE,
-        top_p=0.9,
-        presence_penalty=0,
-        frequency_penalty=0,
-        logit_bias=unprintable,
-        seed=seed,
-    )
+    bias = unprintable if tokenizer.name == "bytes" else {}
+    return session.stream(max_tokens, logit_bias=bias, seed=seed, **CODE_SAMPLING)
 
 
 @dataclass(frozen=True)
@@ -331,6 +312,7 @@ def _report(
     measured: Measured,
     picture: str,
     completion: str,
+    theirs: str,
 ) -> str:
     import torch
 
@@ -338,7 +320,6 @@ def _report(
     sizes = ", ".join(f"{name} {value}" for name, value in settings.config.to_dict().items())
     threads = torch.get_num_threads()
     times = [f"{1e3 * seconds:.2f} ms" for seconds in measured.seconds_per_token]
-    code = "\n".join(f"    {line}" for line in completion.split("\n"))
     return f"""# RWKV-{settings.config.generation}, trained from scratch by `wkv demo`
 
     {command}
@@ -387,25 +368,32 @@ Held out: {", ".join(document.path for document in held_out)}.
 
 ## What it writes
 
-From `{PROMPT}`, in the recurrent form, at temperature {TEMPERATURE}:
+From `{PROMPT}`, in the recurrent form, at temperature {CODE_SAMPLING["temperature"]}:
 
-{code}
+{_indented(completion)}
+
+And the model that comes with wkv:
+
+{_indented(theirs)}
 """
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
 def _card(out: Path, history: list[Moment], measured: Measured) -> str:
     """The last words on the screen: the figures, and what to type next."""
     end, gzip = history[-1], measured.compression.gzip
     verdict = "better than" if measured.bits_per_byte < gzip else "not yet as good as"
-    model = out / DEMO_MODEL.name
-    named = "" if model == DEMO_MODEL else f"{shlex.quote(str(model))} "
+    model = out / MODEL_NAME
     return f"""\
   bits per byte   {measured.bits_per_byte:.3f} on files it never saw, {verdict} gzip -9 ({gzip:.3f})
   learnt from     {end.tokens:,} bytes in {end.seconds:.0f} s, {end.tokens / end.seconds:,.0f} a second
   state           {measured.state_bytes:,} bytes, after 100 bytes and after 10,000
   all figures     {out / "report.md"}
 
-  next:  wkv generate {named}"import "
+  next:  wkv generate {shlex.quote(str(model))} "import "
          wkv info {shlex.quote(str(model))}
          wkv demo --arch rwkv4 --out runs/rwkv4
 """

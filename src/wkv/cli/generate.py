@@ -13,9 +13,10 @@ from cyclopts import Parameter
 
 from ..errors import InputError
 from .common import (
+    CODE_SAMPLING,
     MODEL_DEFAULTS,
     MODEL_SUFFIXES,
-    SAMPLING_DEFAULTS,
+    NO_SAMPLING_FLAGS,
     ModelFlags,
     SamplingFlags,
     UsageError,
@@ -38,7 +39,7 @@ def generate(
     stop: tuple[str, ...] = (),
     as_json: Annotated[bool, Parameter(name="--json")] = False,
     logprobs: int | None = None,
-    sampling: SamplingFlags = SAMPLING_DEFAULTS,
+    sampling: SamplingFlags = NO_SAMPLING_FLAGS,
     how: ModelFlags = MODEL_DEFAULTS,
 ) -> int:
     """Write on from a prompt.
@@ -56,7 +57,7 @@ def generate(
     Parameters
     ----------
     model
-        a .pth or .safetensors; without it, what wkv demo made
+        a .pth or .safetensors; without it, the one that comes with wkv
     prompt
         the text to continue; a single argument is the prompt
     stdin
@@ -76,6 +77,7 @@ def generate(
     path, network, tokenizer = open_model(model, how)
     from ..inference import Session
 
+    chosen = sampling.over(**CODE_SAMPLING if model is None else {})
     session = Session(network, tokenizer)
     clock = time.perf_counter
     start = clock()
@@ -84,7 +86,7 @@ def generate(
     steps: list[Step] = []
     interrupted = False
     try:
-        for step in session.steps(max_tokens, stop, logprobs=logprobs, **dataclasses.asdict(sampling)):
+        for step in session.steps(max_tokens, stop, logprobs=logprobs, **dataclasses.asdict(chosen)):
             steps.append(step)
             if not as_json:
                 write_out(step.text)

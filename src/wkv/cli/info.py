@@ -12,16 +12,17 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import CheckpointError
-from .common import find_file, human_bytes, print_line
+from .common import find_file, find_model, human_bytes, print_line
 
 
-def info(file: str, /, *, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:
+def info(file: str | None = None, /, *, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:
     """Say what a checkpoint or state file holds.
 
     Reads names and shapes, not the weights, and runs nothing: any .pth, .safetensors or state file.
 
     Examples:
 
+        wkv info
         wkv info model.pth
         wkv info RWKV-x070-World-0.1B.pth --json
         wkv info chat.state
@@ -29,11 +30,12 @@ def info(file: str, /, *, as_json: Annotated[bool, Parameter(name="--json")] = F
     Parameters
     ----------
     file
-        a checkpoint, or a state that wkv chat or Session.save wrote
+        a checkpoint, or a state that wkv chat or Session.save wrote; without it, the model of wkv
     as_json
         print one JSON object instead
     """
-    path = find_file(file, "a checkpoint (.pth, .safetensors) or a state file")
+    expected = "a checkpoint (.pth, .safetensors) or a state file"
+    path = find_model(None) if file is None else find_file(file, expected)
     facts = state_facts(path) or model_facts(path)
     if as_json:
         print(json.dumps(facts))

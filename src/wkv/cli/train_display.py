@@ -10,26 +10,22 @@ from typing import TYPE_CHECKING, Any
 from ..plots import Smoothed
 from ..training.callbacks import Callback
 from .common import note
+from .progress import ProgressLine
 
 if TYPE_CHECKING:
     from ..training import Trainer, Validation
 
 
 class Terminal(Callback):
-    """A bar with loss, speed and the time left; a line for each validation, checkpoint and event.
-
-    Where stderr is not a terminal, a line per twentieth of the run instead of the bar.
-    """
+    """Loss, speed and the time left; a line for each validation, checkpoint and event."""
 
     def on_start(self, trainer: Trainer) -> None:
         import torch
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
 
         from ..evaluation import matmul_peak
 
-        self.console = Console(stderr=True)
-        self.loss, self.seconds, self.tokens, self.shown = Smoothed(), 0.0, 0, 0
+        self.progress = ProgressLine()
+        self.loss, self.seconds, self.tokens, self.done = Smoothed(), 0.0, 0, trainer.done
         model = trainer.model
         matrices = sum(
             p.numel() for name, p in model.named_parameters() if p.ndim >= 2 and name != "emb.weight"
@@ -42,10 +38,6 @@ class Terminal(Callback):
         step = trainer.progress.step
         self._say(f"RWKV-{model.config.generation} of {parameters:,} parameters, from step {step:,}")
         self._say("Ctrl-C saves a checkpoint and stops; the same command goes on from it")
-        columns = BarColumn(20), TextColumn("{task.description}", markup=False)
-        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.bar.start()
-        self.task = self.bar.add_task("", total=1.0)
 
     def on_step(self, trainer: Trainer, metrics: Mapping[str, Any], seconds: float) -> None:
         if metrics["loss"] is not None:
@@ -53,15 +45,14 @@ class Terminal(Callback):
         self.seconds += seconds
         self.tokens += trainer.config.tokens_per_step
         speed = self.tokens / self.seconds
-        left = trainer.progress.seconds * (1 / trainer.done - 1) if trainer.done else math.inf
+        # By the speed of this process: the run may have begun on a busier machine.
+        done = trainer.done - self.done
+        left = self.seconds * (1 - trainer.done) / done if done > 0 else math.inf
         line = (
             f"step {metrics['step']:,}  loss {self.loss.value:.3f}  {speed:,.0f} tokens/s "
             f"({speed / self.peak_tokens:.0%} of peak)  {duration(left)} left"
         )
-        self.bar.update(self.task, completed=trainer.done, description=line)
-        if not self.console.is_terminal and int(20 * trainer.done) > self.shown:
-            self.shown = int(20 * trainer.done)
-            self._say(line)
+        self.progress.show(trainer.done, line)
 
     def on_validation(self, trainer: Trainer, result: Validation) -> None:
         per_byte = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.3f} bits/byte"
@@ -72,14 +63,13 @@ class Terminal(Callback):
         self._say(text)
 
     def on_end(self, trainer: Trainer) -> None:
-        self.bar.stop()
+        self.progress.close()
 
     def _say(self, line: str) -> None:
-        console = getattr(self, "console", None)
-        if console is None:
-            note(line)
+        if hasattr(self, "progress"):
+            self.progress.say(line)
         else:
-            console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            note(line)  # an event on the way to the first step
 
 
 class Samples(Callback):

@@ -2,9 +2,10 @@
 
     World   User: {question}\\n\\nAssistant:             RWKV-4, 5 and 6; also the plain RWKV-7 World models
     G1      System: {rules}\\n\\n, then the same turns   RWKV-7 G1, which can also think before it answers
+    Plain   {text}                                   models that never saw a conversation: they write on
 
 A chat is `opening(system) + turn(question)`, the model's answer until one of `stop` or the end-of-text
-token, then `CLOSING + turn(next question)`, and so on. Join the pieces as text and feed them at once:
+token, then `closing + turn(next question)`, and so on. Join the pieces as text and feed them at once:
 tokens of joined text are not the joined tokens of its pieces.
 
 There is no space after "Assistant:": the model writes it. " <think" lacks its ">" on purpose: what
@@ -19,8 +20,6 @@ from typing import Literal, get_args
 
 from ..config import Config
 from ..errors import InputError
-
-CLOSING = "\n\n"  # ends an answer, so that the next turn can begin
 
 Think = Literal["off", "fake", "on", "low", "medium", "high"]
 
@@ -48,11 +47,12 @@ class ChatFormat:
     roles: tuple[str, ...]
     greeting: str = ""
     thinks: bool = False
+    closing: str = "\n\n"  # ends an answer, so that the next turn can begin
 
     @property
     def stop(self) -> tuple[str, ...]:
         """Strings that end an answer: the next speaker."""
-        return tuple(f"{CLOSING}{role}:" for role in self.roles)
+        return tuple(f"{self.closing}{role}:" for role in self.roles)
 
     def opening(self, system: str = "") -> str:
         """What comes before the first turn. InputError for a system text that the format has no place for."""
@@ -60,14 +60,14 @@ class ChatFormat:
             return self.greeting
         if "System" not in self.roles:
             raise InputError(f"the {self.name} format has no system text", advice="the g1 format")
-        return f"System: {system}{CLOSING}"
+        return f"System: {system}{self.closing}"
 
     def turn(self, question: str, think: Think = "off") -> str:
         """A question, up to where the model writes its answer. InputError when nothing is asked."""
         if not (question := clean(question)):
             raise InputError("the question is empty", "some text")
         answer = self.answer_prefix(think)  # refuses first what the format cannot do
-        return f"User: {question}{_AFTER_QUESTION.get(think, '')}{CLOSING}Assistant:{answer}"
+        return f"User: {question}{_AFTER_QUESTION.get(think, '')}{self.closing}Assistant:{answer}"
 
     def answer_prefix(self, think: Think = "off") -> str:
         """The part of the answer that `turn` wrote for the model; a display shows it before the answer."""
@@ -80,13 +80,29 @@ class ChatFormat:
         return _FAKE_THOUGHT if think == "fake" else " <think"
 
 
+@dataclass(frozen=True)
+class PlainFormat(ChatFormat):
+    """No speakers: what is typed goes in as it is, and the answer goes on from it, to two empty lines."""
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return (self.closing,)
+
+    def turn(self, question: str, think: Think = "off") -> str:
+        if not question.strip():
+            raise InputError("there is nothing to go on from", "some text")
+        self.answer_prefix(think)
+        return question
+
+
 WORLD = ChatFormat("world", ("User", "Assistant"), greeting=_GREETING)
 G1 = ChatFormat("g1", ("User", "Assistant", "System"), thinks=True)
+PLAIN = PlainFormat("plain", (), closing="\n\n\n")
 
 
 def chat_format(config: Config, name: str | None = None) -> ChatFormat:
     """The format of that name, else the one that suits the model: G1 for RWKV-7, World before it."""
-    formats = {form.name: form for form in (WORLD, G1)}
+    formats = {form.name: form for form in (WORLD, G1, PLAIN)}
     if name is None:
         name = "g1" if config.generation == 7 else "world"
     if name not in formats:

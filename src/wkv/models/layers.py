@@ -100,7 +100,7 @@ class HeadNorm(nn.GroupNorm):
 def activation(config: Config, hidden: Tensor) -> Tensor:
     """relu(x)^2, or relu(x) where the config says so."""
     hidden = F.relu(hidden)
-    return hidden * hidden if config.ffn_activation == "relu2" else hidden
+    return hidden.square() if config.ffn_activation == "relu2" else hidden
 
 
 class MatrixMemory(Layer):

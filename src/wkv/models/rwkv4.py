@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..config import RWKV4Config
-from ..ops import Segments, token_shift, wkv4
+from ..ops import Segments, mix, token_shift, wkv4
 from ..ops.wkv4 import EMPTY
 from .base import RWKV, Block
 from .layers import Linear, activation
@@ -68,9 +68,8 @@ class TimeMix(Layer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixed tokens, and what the next call needs: last_BD, memory_B3A."""
         before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        k = self.key(torch.lerp(before_BTD, x_BTD, self.time_mix_k))
-        v = self.value(torch.lerp(before_BTD, x_BTD, self.time_mix_v))
-        r = torch.sigmoid(self.receptance(torch.lerp(before_BTD, x_BTD, self.time_mix_r)))
+        xk, xv, xr = mix(before_BTD, x_BTD, self.time_mix_k, self.time_mix_v, self.time_mix_r)
+        k, v, r = self.key(xk), self.value(xv), torch.sigmoid(self.receptance(xr))
 
         # float32: an exponential of an exponential of the parameter, which bfloat16 would round to steps.
         log_w = -torch.exp(self.time_decay.to(memory_B3A.dtype))
@@ -91,8 +90,8 @@ class ChannelMix(Layer):
 
     def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
         before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        hidden = self.key(torch.lerp(before_BTD, x_BTD, self.time_mix_k))
-        gate = torch.sigmoid(self.receptance(torch.lerp(before_BTD, x_BTD, self.time_mix_r)))
+        xk, xr = mix(before_BTD, x_BTD, self.time_mix_k, self.time_mix_r)
+        hidden, gate = self.key(xk), torch.sigmoid(self.receptance(xr))
         return gate * self.value(activation(self.config, hidden)), last_BD
 
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import RWKV5Config
-from ..ops import Segments, token_shift, wkv5
+from ..ops import Segments, mix, token_shift, wkv5
 from .base import RWKV, Block
 from .layers import HeadNorm, Linear, MatrixMemory, activation
 from .recipe import Layer, constant, depth, orthogonal, parameter, per_channel, zeros
@@ -81,9 +81,11 @@ class TimeMix(MatrixMemory):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixed tokens, and what the next call needs: last_BD, memory_BHVK."""
         before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        r = self.receptance(torch.lerp(before_BTD, x_BTD, self.time_mix_r))
-        k = self.key(torch.lerp(before_BTD, x_BTD, self.time_mix_k))
-        v = self.value(torch.lerp(before_BTD, x_BTD, self.time_mix_v))
+        mixes = [self.time_mix_r, self.time_mix_k, self.time_mix_v]
+        if self.has_gate:
+            mixes.append(self.time_mix_g)
+        xr, xk, xv, *xg = mix(before_BTD, x_BTD, *mixes)
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
 
         log_w_HK, u_HK = self.decay_and_bonus(memory_BHVK.dtype)
         y, memory_BHVK = wkv5(
@@ -91,7 +93,7 @@ class TimeMix(MatrixMemory):
         )
         y = self.ln_x(y).to(x_BTD.dtype).view_as(r)
         if self.has_gate:
-            y = y * F.silu(self.gate(torch.lerp(before_BTD, x_BTD, self.time_mix_g)))
+            y = y * F.silu(self.gate(*xg))
         return self.output(y), last_BD, memory_BHVK
 
     def decay_and_bonus(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -115,8 +117,8 @@ class ChannelMix(Layer):
 
     def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
         before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        hidden = self.key(torch.lerp(before_BTD, x_BTD, self.time_mix_k))
-        gate = torch.sigmoid(self.receptance(torch.lerp(before_BTD, x_BTD, self.time_mix_r)))
+        xk, xr = mix(before_BTD, x_BTD, self.time_mix_k, self.time_mix_r)
+        hidden, gate = self.key(xk), torch.sigmoid(self.receptance(xr))
         return gate * self.value(activation(self.config, hidden)), last_BD
 
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import RWKV6Config
-from ..ops import Segments, token_shift, wkv6
+from ..ops import Segments, mix, token_shift, wkv6
 from .base import RWKV, Block
 from .layers import HeadNorm, Linear, MatrixMemory, activation
 from .recipe import Layer, constant, depth, orthogonal, parameter, per_channel, uniform, zeros
@@ -113,8 +113,8 @@ class ChannelMix(Layer):
 
     def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
         before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        hidden = self.key(torch.lerp(x_BTD, before_BTD, self.time_maa_k))
-        gate = torch.sigmoid(self.receptance(torch.lerp(x_BTD, before_BTD, self.time_maa_r)))
+        xk, xr = mix(x_BTD, before_BTD, self.time_maa_k, self.time_maa_r)
+        hidden, gate = self.key(xk), torch.sigmoid(self.receptance(xr))
         return gate * self.value(activation(self.config, hidden)), last_BD
 
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..config import RWKV7Config
-from ..ops import Segments, token_shift, wkv7
+from ..ops import Segments, mix, token_shift, wkv7
 from ..state import LayerState
 from .base import RWKV, Block
 from .layers import HeadNorm, Linear, MatrixMemory, activation
@@ -107,9 +107,10 @@ class TimeMix(MatrixMemory):
         """Return the mixed tokens, layer 0's values, and what the next call needs: last_BD, memory_BHVK."""
         B, T, D = x_BTD.shape
         before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        mixes = torch.cat((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
         # From here to the heads every token is a row of its own: (B * T, D) or (B * T, A).
-        xr, xw, xk, xv, xa, xg = torch.lerp(x_BTD.reshape(-1, D), before_BTD.reshape(-1, D), mixes).unbind()
+        x, before = x_BTD.reshape(-1, D), before_BTD.reshape(-1, D)
+        mixes = (m.view(D) for m in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        xr, xw, xk, xv, xa, xg = mix(x, before, *mixes)
 
         # Project. The decay is float32: near 1 bfloat16 has no values left between 0.996 and 1.
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
@@ -149,7 +150,8 @@ class ChannelMix(Layer):
 
     def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
         before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        hidden = self.key(torch.lerp(x_BTD, before_BTD, self.x_k))
+        (xk,) = mix(x_BTD, before_BTD, self.x_k)
+        hidden = self.key(xk)
         return self.value(activation(self.config, hidden)), last_BD
 
 

@@ -1,7 +1,7 @@
 """The operators that make RWKV a recurrence: one public function each, several backends behind it.
 
     wkv4, wkv5, wkv6, wkv7    the time mixing of each generation
-    token_shift               each token's predecessor, carried from call to call
+    token_shift, mix          each token's predecessor, carried from call to call; a share of it
     Segments                  several sequences in one row, each with a state of its own
     explain, use_backend      which implementation runs, and why
 
@@ -19,13 +19,24 @@ from . import wkv6 as _wkv6
 from . import wkv7 as _wkv7
 from .dispatch import Call, Operator, use_backend
 from .segments import Segments
-from .token_shift import token_shift
+from .token_shift import mix, token_shift
 from .wkv4 import wkv4
 from .wkv5 import wkv5
 from .wkv6 import wkv6
 from .wkv7 import wkv7
 
-__all__ = ["OPERATORS", "Segments", "explain", "token_shift", "use_backend", "wkv4", "wkv5", "wkv6", "wkv7"]
+__all__ = [
+    "OPERATORS",
+    "Segments",
+    "explain",
+    "mix",
+    "token_shift",
+    "use_backend",
+    "wkv4",
+    "wkv5",
+    "wkv6",
+    "wkv7",
+]
 
 OPERATORS: dict[str, Operator] = {
     module.OPERATOR.name: module.OPERATOR for module in (_wkv4, _wkv5, _wkv6, _wkv7)

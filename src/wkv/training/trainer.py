@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import model_metadata, open_checkpoint, read_safetensors
+from ..checkpoints import model_metadata, read_safetensors
 from ..errors import CheckpointError, ConfigError, CorruptFileError, DivergenceError, InputError
 from ..models import RWKV
 from ..state import State
@@ -445,21 +445,19 @@ class Trainer:
     def _read_newest(self, stored: dict[str, dict[str, Tensor]]) -> dict[str, Any] | None:
         """Read the tensors of the newest whole checkpoint into `stored`; return its progress."""
         assert self.run is not None
+        expected = model_metadata(self.model.config)["config"]
 
         def read(snapshot: Snapshot) -> None:
             stored.clear()
-            for part in ("optimizer", "random", "streams"):
+            for part in ("model", "optimizer", "random", "streams"):
                 if part != "streams" or snapshot.file(part).exists():
                     stored[part], metadata = read_safetensors(snapshot.file(part))
                     kind = metadata.get("optimizer", self.config.optimizer)
                     if kind != self.config.optimizer:
                         raise ConfigError(f"{snapshot.path} was trained with {kind}", self.config.optimizer)
-            with open_checkpoint(snapshot.file("model")) as checkpoint:
-                if checkpoint.config != self.model.config:
-                    raise ConfigError(
-                        f"{snapshot.path} is of another model: {checkpoint.config}", f"{self.model.config}"
-                    )
-                stored["model"] = {name: checkpoint.read(name) for name in checkpoint.names}
+                    config = metadata.get("config", expected)
+                    if config != expected:
+                        raise ConfigError(f"{snapshot.path} is of another model: {config}", expected)
             try:
                 Progress(**snapshot.progress)
             except TypeError as error:

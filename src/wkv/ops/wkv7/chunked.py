@@ -31,6 +31,7 @@ Saved for it: the inputs and M at each chunk's start (T x V numbers per K / chun
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -64,37 +65,47 @@ def run(
 
 
 class _Chunks(NamedTuple):
-    """The letters of the docstring. G = B * H rows of n chunks; c tokens a chunk."""
+    """The letters of the docstring. N = n * B * H chunks, c tokens each; halves of 2c rows are views."""
 
-    A_R: Tensor  # (n, G, 2c, K)  [A~; R~]
-    B_K: Tensor  # (n, G, 2c, K)  [B~; K~]
-    V: Tensor  # (n, G, c, V)
-    P: Tensor  # (n, G, 2c, 2c)  mask([A~; R~] [B~; K~]^T)
-    W_U: Tensor  # (n, G, c, K + V)  [W, U']
-    shrink: Tensor  # (n, G, c, K)  e^g
-    shrink_before: Tensor  # (n, G, c, K)  e^e
-    grow: Tensor  # (n, G, c, K)  e^-g
-    decay: Tensor  # (n, G, K, 1)  e^{g_c}
+    A_R: Tensor  # (N, 2c, K)  [A~; R~]
+    B_K: Tensor  # (N, 2c, K)  [B~; K~]
+    V: Tensor  # (N, c, V)
+    P: Tensor  # (N, 2c, 2c)  mask([A~; R~] [B~; K~]^T)
+    W: Tensor  # (N, c, K)
+    U: Tensor  # (N, c, V)  U'
+    shrink: Tensor  # (N, c, K)  e^g
+    shrink_before: Tensor  # (N, c, K)  e^e
+    grow: Tensor  # (N, c, K)  e^-g
+    carried: Tensor  # (N, 2c, K)  [B~; K~] e^{g_c}: what is left of them at the chunk's end
 
     @property
-    def QY(self) -> Tensor:
-        """[Q, Y'] (n, G, c, K + V)."""
-        R = self.A_R[..., CHUNK:, :]
-        rb, rk = self.P[..., CHUNK:, :].split(CHUNK, dim=-1)
-        return rb @ self.W_U + torch.cat((R, rk @ self.V), dim=-1)
+    def decay(self) -> Tensor:
+        """e^{g_c} (N, 1, K)."""
+        return self.shrink[:, -1:]
+
+    @property
+    def Q(self) -> Tensor:
+        """(N, c, K)."""
+        return torch.baddbmm(self.A_R[:, CHUNK:], self.P[:, CHUNK:, :CHUNK], self.W)
+
+    @property
+    def Y(self) -> Tensor:
+        """Y' (N, c, V)."""
+        rb, rk = self.P[:, CHUNK:].split(CHUNK, dim=-1)
+        return torch.bmm(rb, self.U).baddbmm_(rk, self.V)
 
     @property
     def F(self) -> Tensor:
-        """(n, G, K, K)."""
-        K = self.decay.shape[-2]
-        B, W = self.B_K[..., :CHUNK, :], self.W_U[..., :K]
-        return self.decay * (B.mT @ W + torch.eye(K, dtype=W.dtype, device=W.device))
+        """(N, K, K)."""
+        F = self.carried[:, :CHUNK].mT @ self.W
+        F.diagonal(dim1=1, dim2=2).add_(self.decay[:, 0])
+        return F
 
     @property
     def D(self) -> Tensor:
-        """(n, G, K, V)."""
-        U = self.W_U[..., self.decay.shape[-2] :]
-        return self.decay * (self.B_K.mT @ torch.cat((U, self.V), dim=-2))
+        """(N, K, V)."""
+        B, K = self.carried.split(CHUNK, dim=1)
+        return torch.bmm(B.mT, self.U).baddbmm_(K.mT, self.V)
 
 
 def _causal(like: Tensor) -> Tensor:
@@ -103,32 +114,42 @@ def _causal(like: Tensor) -> Tensor:
     return torch.cat((ones.tril(-1).repeat(1, 2), ones.tril().repeat(1, 2)))
 
 
+def _side_by_side(x: Tensor, x_scale: Tensor, y: Tensor, y_scale: Tensor) -> Tensor:
+    """[x * x_scale; y * y_scale], (N, c, K) each, without a copy."""
+    both = x.new_empty(len(x), 2 * CHUNK, x.shape[-1])
+    torch.mul(x, x_scale, out=both[:, :CHUNK])
+    torch.mul(y, y_scale, out=both[:, CHUNK:])
+    return both
+
+
 def _prepare(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> _Chunks:
-    r, log_w, k, v, a, b = (split_chunks(x, CHUNK) for x in (r, log_w, k, v, a, b))
-    g = log_w.cumsum(dim=-2)
-    shrink, shrink_before, grow = g.exp(), (g - log_w).exp(), g.neg().exp()
-    A_R = torch.cat((a * shrink_before, r * shrink), dim=-2)
-    B_K = torch.cat((b * grow, k * grow), dim=-2)
+    r, log_w, k, v, a, b = (split_chunks(x, CHUNK).flatten(0, 1) for x in (r, log_w, k, v, a, b))
+    g = log_w.cumsum(dim=1)
+    shrink, shrink_before, grow = g.exp(), (g - log_w).exp_(), g.neg_().exp_()
+    A_R = _side_by_side(a, shrink_before, r, shrink)
+    B_K = _side_by_side(b, grow, k, grow)
     P = (A_R @ B_K.mT).mul_(_causal(r))
-    ab, ak = P[..., :CHUNK, :].split(CHUNK, dim=-1)
-    right = torch.cat((A_R[..., :CHUNK, :], ak @ v), dim=-1)
-    W_U = torch.linalg.solve_triangular(-ab, right, upper=False, unitriangular=True)
-    return _Chunks(A_R, B_K, v, P, W_U, shrink, shrink_before, grow, shrink[..., -1:, :].mT)
+    ab, ak = P[:, :CHUNK].split(CHUNK, dim=-1)
+    solve = functools.partial(torch.linalg.solve_triangular, -ab, upper=False, unitriangular=True)
+    W, U = solve(A_R[:, :CHUNK]), solve(ak @ v)
+    return _Chunks(A_R, B_K, v, P, W, U, shrink, shrink_before, grow, B_K * shrink[:, -1:])
 
 
 @torch_operator("wkv7_chunked")
 def _forward(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and M at every chunk's start and at the end (n + 1, G, K, V)."""
+    """y, the final state, and M at every chunk's start and at the end (n + 1, B * H, K, V)."""
     chunks = _prepare(r, log_w, k, v, a, b)
-    F, D, QY = chunks.F, chunks.D, chunks.QY
-    M = torch.empty((len(D) + 1, *D.shape[1:]), dtype=D.dtype, device=D.device)
-    M[0] = state.mT.flatten(0, 1)
+    start = state.mT.flatten(0, 1)
+    F, D = (x.view(-1, len(start), *x.shape[1:]) for x in (chunks.F, chunks.D))
+    M = torch.empty((len(D) + 1, *start.shape), dtype=D.dtype, device=D.device)
+    M[0] = start
     for i in range(len(D)):
         torch.baddbmm(D[i], F[i], M[i], out=M[i + 1])
-    Q, Y = QY.split((r.shape[-1], v.shape[-1]), dim=-1)
-    return join_chunks(Y + Q @ M[:-1], v), M[-1].view_as(state.mT).mT.contiguous(), M
+    y = chunks.Y.baddbmm_(chunks.Q, M[:-1].flatten(0, 1))
+    y = join_chunks(y.view(len(D), len(start), *y.shape[1:]), v)
+    return y, M[-1].view_as(state.mT).mT.contiguous(), M
 
 
 @_forward.register_fake
@@ -154,34 +175,35 @@ def _backward(
 ) -> list[Tensor]:
     chunks = _prepare(r, log_w, k, v, a, b)
     A_R, B_K, V, P = chunks[:4]
-    W, U = chunks.W_U.split((r.shape[-1], v.shape[-1]), dim=-1)
-    dY, F, Q = split_chunks(dy, CHUNK), chunks.F, chunks.QY[..., : r.shape[-1]]
+    dY = split_chunks(dy, CHUNK).flatten(0, 1)
 
     # dM[i] is the gradient of the memory before chunk i.
     dM = torch.empty_like(M)
     dM[-1] = dstate.mT.flatten(0, 1)
-    from_reading = Q.mT @ dY
+    F, from_reading = (x.view(-1, *M.shape[1:]) for x in (chunks.F, chunks.Q.mT @ dY))
     for i in reversed(range(len(F))):
         torch.baddbmm(from_reading[i], F[i].mT, dM[i + 1], out=dM[i])
+    before, after, dafter = (x.flatten(0, 1) for x in (M[:-1], M[1:], dM[1:]))
 
-    H = chunks.decay * dM[1:]
-    (ab, ak), (rb, rk) = (rows.split(CHUNK, dim=-1) for rows in P.split(CHUNK, dim=-2))
-    B_H, K_H = (B_K @ H).split(CHUNK, dim=-2)
-    Z = torch.linalg.solve_triangular(-ab.mT, rb.mT @ dY + B_H, upper=True, unitriangular=True)
-    Z_dY, U_V = torch.cat((Z, dY), dim=-2), torch.cat((U + W @ M[:-1], V), dim=-2)
+    (ab, ak), (rb, rk) = (rows.split(CHUNK, dim=-1) for rows in P.split(CHUNK, dim=1))
+    B_H, K_H = (chunks.carried @ dafter).split(CHUNK, dim=1)
+    dU = torch.baddbmm(B_H, rb.mT, dY)
+    Z = torch.linalg.solve_triangular(-ab.mT, dU, upper=True, unitriangular=True)
+    Z_dY = torch.cat((Z, dY), dim=1)
+    U_V = torch.cat((torch.baddbmm(chunks.U, chunks.W, before), V), dim=1)
     dP = (Z_dY @ U_V.mT).mul_(_causal(dy))
-    dA_R = dP @ B_K + Z_dY @ M[:-1].mT
-    dB_K = dP.mT @ A_R + U_V @ H.mT
-    dV = ak.mT @ Z + rk.mT @ dY + K_H
+    dA_R = torch.bmm(dP, B_K).baddbmm_(Z_dY, before.mT)
+    dB_K = torch.bmm(U_V, dafter.mT).mul_(chunks.decay).baddbmm_(dP.mT, A_R)
+    dV = torch.baddbmm(K_H, ak.mT, Z).baddbmm_(rk.mT, dY)
 
     # Each e^g meets its own gradient: what a decay did to A~, R~ (grown with it) and B~, K~ (against it).
-    de, from_r = (A_R * dA_R).split(CHUNK, dim=-2)
-    from_b, from_k = (B_K * dB_K).split(CHUNK, dim=-2)
-    dg = from_r - from_b - from_k
-    after = (dg + de).flip(-2).cumsum(-2).flip(-2)
-    dlog_w = after - de + (dM[1:] * M[1:]).sum(dim=-1)[..., None, :]
+    de, from_r = (A_R * dA_R).split(CHUNK, dim=1)
+    from_b, from_k = (B_K * dB_K).split(CHUNK, dim=1)
+    dg = (from_r + de).sub_(from_b).sub_(from_k)
+    later = torch.ones(CHUNK, CHUNK, dtype=dg.dtype, device=dg.device).triu()
+    dlog_w = (later @ dg).sub_(de).add_((dafter * after).sum(dim=-1)[:, None])
 
-    (da, dr), (db, dk) = dA_R.split(CHUNK, dim=-2), dB_K.split(CHUNK, dim=-2)
+    (da, dr), (db, dk) = dA_R.split(CHUNK, dim=1), dB_K.split(CHUNK, dim=1)
     gradients = [
         dr * chunks.shrink,
         dlog_w,
@@ -190,7 +212,10 @@ def _backward(
         da * chunks.shrink_before,
         db * chunks.grow,
     ]
-    joined = [join_chunks(d, like) for d, like in zip(gradients, (r, log_w, k, v, a, b), strict=True)]
+    joined = [
+        join_chunks(d.view(len(F), -1, *d.shape[1:]), like)
+        for d, like in zip(gradients, (r, log_w, k, v, a, b), strict=True)
+    ]
     return [*joined, dM[0].view_as(dstate.mT).mT.contiguous()]
 
 
