@@ -138,6 +138,7 @@ def _train_config(settings: Settings, minutes: float, seed: int) -> TrainConfig:
         warmup_tokens=many // 50,
         final=0.05,
         weight_decay=WEIGHT_DECAY,
+        beta2=0.95,  # a short memory for a short run
         seed=seed,
     )
 
