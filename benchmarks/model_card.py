@@ -29,6 +29,7 @@ from torch import Tensor
 from transformer import WEIGHTS, settings, transformer
 
 import wkv
+from wkv.cli.common import CODE_SAMPLING
 from wkv.evaluation import longest_run, measure_compression, parses, whole_lines
 from wkv.inference.sampling import distribution
 from wkv.plots import loss_curve
@@ -39,7 +40,7 @@ from wkv.training.data import standard_library
 from wkv.training.memory import kept_memory
 
 SAMPLES, SAMPLE_TOKENS = 200, 128
-SAMPLING = wkv.Sampling(temperature=0.7, top_p=0.9, presence_penalty=0, frequency_penalty=0)
+SAMPLING = wkv.Sampling(**CODE_SAMPLING)
 Model = wkv.models.RWKV | GPT
 
 

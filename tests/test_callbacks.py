@@ -59,8 +59,10 @@ def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("arch", ["RWKV4", "RWKV7"])
 def test_a_compiled_run_learns_the_same(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The graphs and their backward as the compiler sees them, run without a C++ compiler.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compile_, compiled_modules = functools.partial(torch.compile, backend="aot_eager"), []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled_modules.append(module) or compile_(module))
     plain, compiled = trainer(arch=arch, tokens=500), trainer(arch=arch, tokens=500, compile=True)
+    assert compiled_modules == [compiled.objective]
     plain.fit()
     compiled.fit()
     for a, b in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
