@@ -45,7 +45,7 @@ def transformer(config: wkv.Config, context: int) -> GPT:
 class Show(Callback):
     def on_step(self, trainer: wkv.Trainer, metrics: Mapping[str, Any], seconds: float) -> None:
         if metrics["step"] % 50 == 0:
-            left = trainer.progress.seconds * (1 / trainer.done - 1) / 60
+            left = seconds * metrics["step"] * (1 / trainer.done - 1) / 60
             print(f"step {metrics['step']:,}  loss {metrics['loss']:.3f}  {left:.0f} min left", flush=True)
 
     def on_event(self, trainer: wkv.Trainer, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import io
 import json
@@ -239,6 +240,19 @@ def test_a_fault_of_wkv_itself_is_one_line_too(wkv_command, folder, monkeypatch)
     assert "RuntimeError: two lines" in result.err
     assert "\x1b" not in result.err
     assert "--debug" in result.err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_a_disk_that_fails_has_a_status_of_its_own(wkv_command, folder, monkeypatch, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    result = wkv_command("convert", "model.safetensors", "copy.safetensors")
+    assert result.status == 74
+    assert is_one_line(result.err)
+    assert os.strerror(code) in result.err
+    assert not (folder / "copy.safetensors").exists()
 
 
 def test_no_escape_sequence_of_a_file_reaches_the_terminal(wkv_command, folder):

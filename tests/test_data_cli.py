@@ -200,7 +200,7 @@ def test_progress_shows_documents_bytes_and_rate(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     with show_packing() as show:
-        show(1234, 5_000_000, 67890)
+        show(1234, 5_000_000, 67890, 0.5)
     captured = capsys.readouterr()
     assert captured.out == ""
     for part in ("1,234 documents", "5 MB", "67,890 tokens", "tokens/s"):

@@ -153,19 +153,18 @@ def test_a_file_is_read_once_whatever_leads_to_it(tmp_path: Path) -> None:
 
 def test_a_file_that_vanishes_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = corpus(tmp_path / "data", 4)
-    skipped = Skipped()
-    reading = read([folder], skipped=skipped)
-    next(reading)
-    (folder / "001.txt").unlink()  # listed, not yet looked at
-    stat = Path.stat
+    skipped, stat = Skipped(), Path.stat
 
     def vanish(path: Path, **options: Any) -> os.stat_result:
         result = stat(path, **options)
-        if path.name == "002.txt":  # looked at, not yet opened
+        if path.name == "002.txt":  # before the first is read
             path.unlink()
         return result
 
     monkeypatch.setattr(Path, "stat", vanish)
+    reading = read([folder], skipped=skipped)
+    next(reading)
+    (folder / "001.txt").unlink()  # just before it is its turn
     assert [Path(document.name).name for document in reading] == ["003.txt"]
     assert skipped.counts == {GONE: 2}
 
@@ -650,7 +649,7 @@ def test_ids_beyond_16_bits_are_stored_in_32(tmp_path: Path) -> None:
 
 def test_progress_is_told_up_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PACK, "_BATCH", 1)
-    told: list[tuple[int, int, int]] = []
+    told: list[tuple[int, int, int, float]] = []
     report = pack(
         [corpus(tmp_path / "data", 9)], bytes_(), tmp_path / "out", progress=lambda *now: told.append(now)
     )
@@ -658,8 +657,19 @@ def test_progress_is_told_up_to_the_end(tmp_path: Path, monkeypatch: pytest.Monk
         sum(getattr(split, name) for split in report.splits.values())
         for name in ("documents", "n_bytes", "tokens")
     ]
-    assert [documents for documents, _, _ in told] == list(range(1, 10))
-    assert list(told[-1]) == totals
+    assert [documents for documents, *_ in told] == list(range(1, 10))
+    assert list(told[-1]) == [*totals, 1.0]
+
+
+def test_the_share_of_the_sources_grows_to_one_whatever_is_skipped(tmp_path: Path) -> None:
+    path = lines(tmp_path, {"text": "x" * 90}, {"body": "y" * 90}, {"text": "z" * 90})
+    (tmp_path / "noise.bin").write_bytes(bytes(99))
+    np.save(tmp_path / "ids.npy", np.arange(1, 60, dtype=np.uint16))
+    (tmp_path / "a.txt").write_text("a" * 100)
+    reading = read([path, tmp_path], skipped=Skipped())
+    shares = [reading.share, *(reading.share for _ in reading), reading.share]
+    assert shares == sorted(shares) and len(shares) == 6
+    assert shares[0] == 0 < shares[1] < shares[2] < shares[3] and shares[-1] == 1
 
 
 # --- packing that fails -------------------------------------------------------------------------------
@@ -694,7 +704,7 @@ def test_a_folder_that_is_taken_is_left_as_it_is(tmp_path: Path, name: str) -> N
 def test_two_never_pack_into_one_folder(tmp_path: Path) -> None:
     folder = corpus(tmp_path / "data")
 
-    def second(*now: int) -> None:
+    def second(*now: float) -> None:
         with pytest.raises(InputError, match="another wkv packs into"):
             pack([folder], bytes_(), tmp_path / "out")
 

@@ -2,12 +2,13 @@
 
 A subcommand's module is imported when that command is called or asked for help, and imports torch only
 when it has work to do. Results go to stdout, progress and errors to stderr. Exit status: 0 done,
-1 an error, 2 a wrong command line, 130 stopped with Ctrl-C.
+1 an error, 2 a wrong command line, 74 the disk failed (full, forbidden, broken), 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -29,6 +30,8 @@ COMMANDS = {
     "bench": "[MODEL] [OPTIONS]",
     "convert": "SOURCE TARGET [OPTIONS]",
 }
+
+_DISK_FAULTS = (errno.EIO, errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         command = f"wkv {tokens[0]}" if tokens and tokens[0] in COMMANDS else "wkv"
         note(f"wkv: {_one_line(error, command)}", style="red")
-        return 2 if isinstance(error, CycloptsError | UsageError) else 1
+        return _status(error)
 
 
 def _app() -> App:
@@ -104,6 +107,16 @@ def _menu() -> None:
     print("RWKV language models, generations 4 to 7.\n")
     for command, purpose in lines:
         print(f"  {command:<22}{purpose}")
+
+
+def _status(error: Exception) -> int:
+    """As the module says; a wrong name is no fault of the disk."""
+    if isinstance(error, CycloptsError | UsageError):
+        return 2
+    fault = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(fault, OSError) and fault.errno in _DISK_FAULTS:
+        return 74  # EX_IOERR of sysexits.h
+    return 1
 
 
 def _one_line(error: Exception, command: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
@@ -15,6 +15,7 @@ from .common import UsageError, human_bytes, print_line
 
 if TYPE_CHECKING:
     from ..training.data import Data, TokenData
+    from ..training.data.pack import Progress
 
 CONTEXTS = (512, 1024, 4096)  # for which `info` gives the magic prime, as official launch lines want it
 
@@ -141,25 +142,23 @@ def tokenizer(
 
 
 @contextlib.contextmanager
-def show_packing() -> Iterator[Callable[[int, int, int], None]]:
-    """A line that moves, where there is a terminal: call it with the documents, bytes and tokens so far."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn
+def show_packing() -> Iterator[Progress]:
+    """What `pack` calls, with the documents, bytes, tokens and share of the sources so far."""
+    from .progress import ProgressLine
 
-    console, started = Console(stderr=True), time.monotonic()
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as line:
-        task = line.add_task("packing: reading")
+    line, started = ProgressLine(), time.monotonic()
 
-        def show(documents: int, n_bytes: int, tokens: int) -> None:
-            rate = tokens / max(time.monotonic() - started, 1e-3)
-            line.update(
-                task,
-                description=f"packing: {documents:,} documents, {human_bytes(n_bytes)}, {tokens:,} tokens, "
-                f"{rate:,.0f} tokens/s",
-            )
+    def show(documents: int, n_bytes: int, tokens: int, share: float) -> None:
+        rate = tokens / max(time.monotonic() - started, 1e-3)
+        text = (
+            f"packed {documents:,} documents, {human_bytes(n_bytes)}, {tokens:,} tokens, {rate:,.0f} tokens/s"
+        )
+        line.show(share, text)
 
+    try:
         yield show
+    finally:
+        line.close()
 
 
 @data.command(usage="wkv data info PATH [OPTIONS]", help_epilogue=_EPILOGUE)

@@ -64,11 +64,8 @@ def write(folder: Path, step: int, parts: Mapping[str, Part], progress: Mapping[
         needed = sum(tensor.nbytes for tensors, _ in parts.values() for tensor in tensors.values())
         free = shutil.disk_usage(folder).free
         if free < needed:
-            raise CheckpointError(
-                f"a checkpoint needs {needed / 1e6:,.0f} MB, and {folder} has {free / 1e6:,.0f} MB left",
-                "room for it; the checkpoints that are there stay as they are",
-                "freeing space, then the same command again",
-            )
+            problem = f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are left"
+            raise OSError(errno.ENOSPC, problem)
         temporary.mkdir()
         for name, (tensors, metadata) in parts.items():
             write_safetensors(temporary / f"{name}.safetensors", tensors, metadata)

@@ -49,7 +49,8 @@ _PIECE = 4 * 2**20  # characters encoded at once: as a list of Python's integers
 _BATCH = 2**18  # characters that go to another process together
 _ALONE = 32 * 2**20  # characters encoded here, before starting other processes pays
 
-Progress = Callable[[int, int, int], None]  # documents, bytes of text and tokens, so far
+# Documents, bytes of text and tokens, so far; the share of the sources that is read, 0 to 1.
+Progress = Callable[[int, int, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,11 @@ def pack(
         sources, skipped=skipped, field=field, separator=separator, vocab_size=tokenizer.vocab_size
     )
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+
+    def show(n_documents: int, n_bytes: int, n_tokens: int) -> None:
+        if progress is not None:
+            progress(n_documents, n_bytes, n_tokens, documents.share)
+
     with _folder_that_appears(Path(out)) as folder:
         splits = _write(
             folder,
@@ -245,7 +251,7 @@ def pack(
             dtype=dtype,
             separator=separator,
             held_out=held_out,
-            progress=progress,
+            show=show,
         )
         if not splits:
             raise _nothing(sources, skipped)
@@ -289,7 +295,7 @@ def _write(
     dtype: npt.DTypeLike,
     separator: int,
     held_out: float,
-    progress: Progress | None,
+    show: Callable[[int, int, int], None],
 ) -> dict[str, Split]:
     """Write the token files of both splits; what each holds, without those that hold nothing."""
     with (
@@ -303,8 +309,7 @@ def _write(
                 part.writer.append(tokens)
                 if piece.is_last:
                     part.end_document(piece, separator, abs(piece.draw - held_out))
-            if progress is not None:
-                progress(*(a + b for a, b in zip(train.counts, val.counts, strict=True)))
+            show(*(a + b for a, b in zip(train.counts, val.counts, strict=True)))
         if not train.documents and val.documents:
             val.move_nearest(train)
         elif not val.documents and train.documents > 1 and held_out:

@@ -1,8 +1,10 @@
-"""Documents out of files, one at a time: nothing but the document at hand is in memory.
+"""Documents out of files, one at a time: nothing but the document at hand (and names) is in memory.
 
     skipped = Skipped()
     for document in read(["notes/", "books/*.txt", "chats.jsonl"], skipped=skipped): ...
     skipped.counts                    # {"binary, a NUL byte": 2, "not UTF-8": 1}
+
+What `read` gives also says how far it is: its `share`, 0 to 1, of the bytes of all files.
 
     text        a file is a document: UTF-8; a byte order mark is left out, line ends stay as they are
     folders     every file below, in order of names; nothing whose name begins with a dot
@@ -26,12 +28,15 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from ...errors import Error, InputError
 from .binidx import TokenData, Tokens, open_tokens
+
+if TYPE_CHECKING:
+    from .stdlib import Document
 
 LARGEST_TEXT = 2**30  # bytes of a text file: it is read at once
 LARGEST_LINE = 64 * 2**20  # bytes of a JSONL line
@@ -68,6 +73,12 @@ class Skipped:
             examples.append(place)
 
 
+class _File(NamedTuple):
+    path: Path
+    size: int  # bytes, when it was listed
+    is_named: bool  # by the caller, this very file
+
+
 class _Unfit(Exception):
     """The reason why a line is no document."""
 
@@ -79,7 +90,7 @@ def read(
     field: str = "text",
     separator: int = 0,
     vocab_size: int = 2**31,
-) -> Iterator[Text | Encoded]:
+) -> Documents:
     """The documents of all sources, in order.
 
     A source is a file, a folder, a pattern such as "books/**/*.txt", or "stdlib" (a folder of that name is
@@ -89,7 +100,11 @@ def read(
     sources and for token ids that are not below `vocab_size`.
     """
     roots = [root for source in sources for root in _roots(os.fspath(source))]
-    return _Reader(skipped, field, separator, vocab_size).documents(roots)
+    return Documents(roots, skipped, field, separator, vocab_size)
+
+
+def _size(item: _File | list[Document]) -> int:
+    return item.size if isinstance(item, _File) else sum(len(document.text) for document in item)
 
 
 def _roots(source: str) -> list[tuple[Path | None, bool]]:
@@ -113,25 +128,56 @@ def _data_file(path: Path) -> Path:
     return data if path.suffix == ".idx" and data.exists() else path
 
 
-class _Reader:
-    def __init__(self, skipped: Skipped, field: str, separator: int, vocab_size: int) -> None:
+class Documents(Iterator[Text | Encoded]):
+    """See `read`. The files are listed at once and opened one after the other."""
+
+    def __init__(
+        self,
+        roots: list[tuple[Path | None, bool]],
+        skipped: Skipped,
+        field: str,
+        separator: int,
+        vocab_size: int,
+    ) -> None:
         self.skipped, self.field = skipped, field
         self.separator, self.vocab_size = separator, vocab_size
         self._seen: set[tuple[int, int]] = set()  # files and folders, by device and inode
-
-    def documents(self, roots: list[tuple[Path | None, bool]]) -> Iterator[Text | Encoded]:
+        self._bytes_read = 0
+        listed: list[_File | list[Document]] = []
         for root, is_named in roots:
             if root is None:
-                yield from self._library()
-            else:
-                for path in self._files(root):
-                    try:
-                        yield from self._file(path, is_named and path == root)
-                    except OSError as error:
-                        self._unreadable(path, error)
+                from .stdlib import standard_library  # here: it loads torch, and reading files needs none
 
-    def _files(self, root: Path) -> Iterator[Path]:
-        """The regular files at and below `root`: what somebody put there, not what their links lead to."""
+                listed.append(standard_library())
+            else:
+                listed += (_File(path, size, is_named and path == root) for path, size in self._files(root))
+        self._n_bytes = sum(_size(item) for item in listed)
+        self._documents = self._read(listed)
+
+    @property
+    def share(self) -> float:
+        """How much of the files is read, 0 to 1."""
+        return min(1.0, self._bytes_read / max(1, self._n_bytes))
+
+    def __next__(self) -> Text | Encoded:
+        return next(self._documents)
+
+    def _read(self, listed: list[_File | list[Document]]) -> Iterator[Text | Encoded]:
+        end = 0
+        for item in listed:
+            end += _size(item)
+            if isinstance(item, _File):
+                try:
+                    yield from self._file(item.path, item.is_named)
+                except OSError as error:
+                    self._unreadable(item.path, error)
+            else:
+                yield from self._library(item)
+            self._bytes_read = end  # whatever part of it was skipped
+
+    def _files(self, root: Path) -> Iterator[tuple[Path, int]]:
+        """The regular files at and below `root`, with their sizes: what somebody put there, not what
+        their links lead to."""
         waiting, inside = [root], _real(root)
         while waiting:
             path = waiting.pop()
@@ -149,7 +195,7 @@ class _Reader:
                 self._unreadable(path, error)
                 continue
             if not is_folder and stat.S_ISREG(status.st_mode):
-                yield path
+                yield path, status.st_size
             elif not is_folder:
                 self.skipped.add("not a regular file", str(path))
             for name in names:
@@ -165,10 +211,9 @@ class _Reader:
         reason = "gone when it was to be read" if gone else f"cannot be read: {error.strerror or error}"
         self.skipped.add(reason, str(path))
 
-    def _library(self) -> Iterator[Text]:
-        from .stdlib import standard_library  # here: it loads torch, and reading files needs none
-
-        for path, data in standard_library():
+    def _library(self, documents: list[Document]) -> Iterator[Text]:
+        for path, data in documents:
+            self._bytes_read += len(data)
             if text := self._decoded(data, f"stdlib/{path}"):
                 yield Text(f"stdlib/{path}", text)
 
@@ -189,6 +234,7 @@ class _Reader:
                 yield from self._lines(file, path)
             else:
                 data_bytes = file.read(LARGEST_TEXT + 1)
+                self._bytes_read += len(data_bytes)
                 if len(data_bytes) > LARGEST_TEXT:
                     self.skipped.add(f"longer than {LARGEST_TEXT:,} bytes", str(path))
                 elif text := self._decoded(data_bytes, str(path)).removeprefix("\ufeff"):
@@ -211,6 +257,7 @@ class _Reader:
         number = 0
         while line := file.readline(LARGEST_LINE + 1):
             number += 1
+            self._bytes_read += len(line)
             name = f"{path}: line {number:,}"
             if len(line) > LARGEST_LINE and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
@@ -230,6 +277,7 @@ class _Reader:
         ends = _ends(data, self.separator) if data.path.suffix == ".npy" else data.ends
         start = 0
         for number, end in enumerate(ends):
+            self._bytes_read += (end - start) * data.tokens.itemsize
             name = f"{data.path}: document {number:,}"
             if start < end:
                 yield Encoded(name, data.tokens[start:end])
