@@ -34,6 +34,7 @@ FLOORS = {
     "pretrained": 1,
     "config": 0,
     "state": 0,
+    "_native": -1,
     "errors": -1,
     "paths": -1,
 }

@@ -11,22 +11,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, ClassVar, Literal, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import Config
-from ..errors import InputError, StateError
+from ..errors import BackendError, InputError, StateError
 from ..ops import Segments
 from ..ops.common import sum_dtype
+from ..ops.dispatch import named_backend
 from ..state import LayerState, State
 from . import layers, recipe
 from .layers import Embedding, Linear
 from .recipe import orthogonal, uniform
 
+if TYPE_CHECKING:
+    from .compiled import CompiledBlock
+
 Output = Literal["logits", "last", "hidden"]
+
+ROWS_AT_ONCE = 512  # tokens that the compiled engine takes through all blocks together
 
 
 class Block(nn.Module):
@@ -177,23 +184,65 @@ class RWKV(nn.Module):
             self.check_state(state, B)
 
         segments = None if lengths is None and starts is None else Segments.of(starts, lengths)
-        x, v_first = self.emb(tokens), None
-        new_layers = []
-        recompute = self.recompute and torch.is_grad_enabled()
-        for block, layer in zip(self._blocks(), state.layers, strict=True):
-            if recompute:
-                x, v_first, layer = checkpoint(
-                    block, x, v_first, layer, segments, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x, v_first, layer = block(x, v_first, layer, segments)
-            new_layers.append(layer)
+        steps = self._compiled_blocks(segments)
+        if steps is None:
+            x, state = self._through(self._blocks(), tokens, state, segments)
+        else:
+            parts = []
+            for part in tokens.split(max(1, ROWS_AT_ONCE // B), dim=1):
+                x, state = self._through(steps, part, state, None)
+                parts.append(x.to(self.dtype))
+            x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
         if output == "last" and T > 1:
             last = torch.full((B,), T, device=x.device) if lengths is None else lengths
             x = x[torch.arange(B, device=x.device), last - 1][:, None]
         x = self.ln_out(x)
-        return (x if output == "hidden" else self.head(x)), State(tuple(new_layers))
+        return (x if output == "hidden" else self.head(x)), state
+
+    def _through(
+        self,
+        steps: Sequence[Block | CompiledBlock],
+        tokens: Tensor,
+        state: State,
+        segments: Segments | None,
+    ) -> tuple[Tensor, State]:
+        """The vectors before `ln_out`, and the new State."""
+        x, v_first = self.emb(tokens), None
+        new_layers = []
+        recompute = self.recompute and torch.is_grad_enabled()
+        for step, layer in zip(steps, state.layers, strict=True):
+            if recompute:
+                x, v_first, layer = checkpoint(
+                    step, x, v_first, layer, segments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, v_first, layer = step(x, v_first, layer, segments)
+            new_layers.append(layer)
+        return x, State(tuple(new_layers))
+
+    def _compiled_blocks(self, segments: Segments | None) -> list[CompiledBlock] | None:
+        """The blocks in the compiled engine's hands, where it does all that is asked for here."""
+        backend = named_backend()
+        if backend not in (None, "native"):
+            return None
+        reason = None
+        if segments is not None:
+            reason = "padding, or sequences that start within a row"
+        elif torch.is_grad_enabled():
+            reason = "gradients are wanted: torch.inference_mode() says that they are not"
+        elif torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            reason = "torch.compile or autocast is at work"
+        if reason is None:
+            from .compiled import compiled_blocks  # here: it knows the generations, which know this file
+
+            found = compiled_blocks(self)
+            if not isinstance(found, str):
+                return found
+            reason = found
+        if backend == "native":
+            raise BackendError(f"the backend 'native' refuses this call: {reason}")
+        return None
 
     def check_state(self, state: State, batch_size: int) -> None:
         """StateError unless `state` is one of this model's, for this batch size, dtype and device."""

@@ -113,7 +113,7 @@ class ChannelMix(Layer):
         self.time_mix_r = parameter(1, 1, D, init=per_channel(lambda n: (n / D) ** remaining))
         self.key = Linear(D, config.dim_ffn, init=orthogonal())
         self.receptance = Linear(D, D, init=zeros)
-        self.value = Linear(config.dim_ffn, D, init=zeros)
+        self.value = Linear(config.dim_ffn, D, init=zeros, sparse=True)
 
     def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
         before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)

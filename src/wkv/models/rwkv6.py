@@ -109,7 +109,7 @@ class ChannelMix(Layer):
         self.time_maa_r = parameter(1, 1, D, init=per_channel(lambda n: 1 - (n / D) ** remaining**3))
         self.key = Linear(D, config.dim_ffn, init=orthogonal())
         self.receptance = Linear(D, D, init=zeros)
-        self.value = Linear(config.dim_ffn, D, init=zeros)
+        self.value = Linear(config.dim_ffn, D, init=zeros, sparse=True)
 
     def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
         before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)

@@ -54,6 +54,11 @@ def use_backend(name: str) -> Iterator[None]:
         _named.reset(token)
 
 
+def named_backend() -> str | None:
+    """What the `use_backend` around this call says."""
+    return _named.get()
+
+
 @dataclass(frozen=True)
 class Operator:
     """A name and its backends, best first; the last row is the reference and never refuses."""

@@ -1,0 +1,390 @@
+// A block of RWKV: the equations of models/rwkv*.py, for rows of tokens, without gradients. Between products a
+// phase ends, and the team waits for each other. Included once per instruction set, in that set's namespace.
+
+// Numbers in any format, as float32.
+template <class Count>
+inline f8 load(const Array& array, int64_t i, Count count) {
+  switch (array.format) {
+    case Format::kFloat32: return load(static_cast<const float*>(array.data) + i, count);
+    case Format::kBFloat16: return load(static_cast<const BFloat16*>(array.data) + i, count);
+    case Format::kFloat16: return load(static_cast<const Half*>(array.data) + i, count);
+  }
+  __builtin_unreachable();
+}
+
+template <class Count>
+inline void store(const MutableArray& array, int64_t i, f8 x, Count count) {
+  switch (array.format) {
+    case Format::kFloat32: return store(static_cast<float*>(array.data) + i, x, count);
+    case Format::kBFloat16: return store(static_cast<BFloat16*>(array.data) + i, x, count);
+    case Format::kFloat16: return store(static_cast<Half*>(array.data) + i, x, count);
+  }
+}
+
+// x as it is after it was stored in that format.
+template <class Count>
+inline f8 rounded(f8 x, Format format, Count count) {
+  BFloat16 short_floats[kLanes];
+  Half halves[kLanes];
+  switch (format) {
+    case Format::kFloat32: return x;
+    case Format::kBFloat16: store(short_floats, x, static_cast<int>(count)); return load(short_floats, count);
+    case Format::kFloat16: store(halves, x, static_cast<int>(count)); return load(halves, count);
+  }
+  __builtin_unreachable();
+}
+
+// The sum of term(i, count) over 0 .. n, the same whoever asks.
+template <class Term>
+inline float total(int n, Term&& term) {
+  f8 sums{};
+  for_eights(0, n, [&](int i, auto count) {
+    f8 x = term(i, count);
+    for (int j = count; j < kLanes; ++j) x[j] = 0;
+    sums += x;
+  });
+  return sum(sums);
+}
+
+struct Moments {
+  float mean, scale;
+};
+
+inline Moments moments(const float* x, int n, float eps, bool has_mean) {
+  const float mean = has_mean ? total(n, [&](int i, auto count) { return load(x + i, count); }) / n : 0;
+  const float square = total(n, [&](int i, auto count) {
+    const f8 away = load(x + i, count) - mean;
+    return away * away;
+  });
+  return {mean, 1 / std::sqrt(square / n + eps)};
+}
+
+template <class Count>
+inline f8 normalized(const Norm& norm, Moments m, const float* x, int i, Count count) {
+  const f8 y = (load(x + i, count) - m.mean) * m.scale * load(norm.weight, i, count);
+  return norm.bias.data ? y + load(norm.bias, i, count) : y;
+}
+
+inline void normalize_row(const Norm& norm, const float* x, int width, float* y) {
+  const Moments m = moments(x, width, norm.eps, norm.bias.data != nullptr);
+  for_eights(0, width, [&](int i, auto count) { store(y + i, normalized(norm, m, x, i, count), count); });
+}
+
+// Where a block keeps what it computes, `rows` rows each.
+struct Scratch {
+  float* next;
+  float* take(int64_t n) {
+    float* taken = next;
+    next += (n + 15) / 16 * 16;
+    return taken;
+  }
+};
+
+// A tile of (rows, width): whole rows for each of the team where there are enough, else a part of every row.
+struct Tile {
+  bool by_rows;
+  Range rows, columns;
+};
+
+inline Tile tile(const Team& team, int rows, int width) {
+  if (rows >= 4 * team.count()) return {true, team.share(rows, 1), {0, width}};
+  return {false, {0, rows}, team.share(width, kGrain)};
+}
+
+// What goes into the block becomes x, in layer 0 by way of its own norm.
+inline void enter(Team& team, const Block& block, const BlockIO& io) {
+  const bool is_first = block.ln0.weight.data != nullptr;
+  if (io.source.data == io.x && !is_first) return;
+  const Range rows = team.share(io.batch.rows, 1);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    float* x = io.x + row * block.width;
+    for_eights(0, block.width, [&](int i, auto count) {
+      store(x + i, load(io.source, row * block.width + i, count), count);
+    });
+    if (is_first) normalize_row(block.ln0, x, block.width, x);
+  }
+  team.sync();
+}
+
+// --- before a mix: norm, token shift, the mixes -------------------------------------------------------------
+
+struct Mixes {
+  int n;
+  const Array* weights;  // n of them, (D)
+  bool from_before;      // generation 4 gives the share of x itself, generation 7 that of the token before
+};
+
+// normed (rows, D) = norm(x) in the format of the state; mixed (n, rows, D). Ends with everything in place.
+inline void shift_and_mix(Team& team, const Norm& norm, const Mixes& mixes, const BlockIO& io, int D,
+                          const Array& shift_in, float* normed, float* mixed) {
+  const Batch& batch = io.batch;
+  const Tile part = tile(team, batch.rows, D);
+  for (int row = part.rows.begin; row < part.rows.end; ++row) {
+    const float* x = io.x + int64_t{row} * D;
+    const Moments m = moments(x, D, norm.eps, norm.bias.data != nullptr);
+    for_eights(part.columns.begin, part.columns.end, [&](int i, auto count) {
+      store(normed + int64_t{row} * D + i, rounded(normalized(norm, m, x, i, count), shift_in.format, count), count);
+    });
+  }
+  if (part.by_rows) team.sync();  // the row before may be another's
+  for (int s = 0; s < batch.n_sequences; ++s) {
+    const Sequence& sequence = batch.sequences[s];
+    const int end = std::min(sequence.end, part.rows.end);
+    for (int row = std::max(sequence.begin, part.rows.begin); row < end; ++row) {
+      const float* now = normed + int64_t{row} * D;
+      for_eights(part.columns.begin, part.columns.end, [&](int i, auto count) {
+        const f8 x = load(now + i, count);
+        const f8 before = row > sequence.begin ? load(now - D + i, count) : load(shift_in, sequence.from * D + i, count);
+        const f8 a = mixes.from_before ? x : before, b = mixes.from_before ? before : x;
+        for (int use = 0; use < mixes.n; ++use) {
+          const f8 y = a + (b - a) * load(mixes.weights[use], i, count);
+          store(mixed + (int64_t{use} * batch.rows + row) * D + i, y, count);
+        }
+      });
+    }
+  }
+  team.sync();
+}
+
+// The newest input of every sequence, for the next call. Not before everybody has read what the last call left.
+inline void keep_last(const Team& team, const BlockIO& io, int D, const float* normed, const MutableArray& shift_out) {
+  const Range columns = team.share(D, kGrain);
+  for (int s = 0; s < io.batch.n_sequences; ++s) {
+    const Sequence& sequence = io.batch.sequences[s];
+    for_eights(columns.begin, columns.end, [&](int i, auto count) {
+      store(shift_out, sequence.to * D + i, load(normed + int64_t{sequence.end - 1} * D + i, count), count);
+    });
+  }
+}
+
+// y (rows, width)[:, columns] = f(y)
+template <class F>
+inline void for_each(float* y, int rows, int width, Range columns, F&& f) {
+  for (int row = 0; row < rows; ++row) {
+    float* at = y + int64_t{row} * width;
+    for_eights(columns.begin, columns.end, [&](int i, auto count) { store(at + i, f(load(at + i, count)), count); });
+  }
+}
+
+// x (rows, D) += y, for the team's parts of the columns.
+inline void add(const Team& team, float* x, const float* y, int rows, int D) {
+  const Range columns = team.share(D, kGrain);
+  for (int row = 0; row < rows; ++row) {
+    float* to = x + int64_t{row} * D;
+    for_eights(columns.begin, columns.end, [&](int i, auto count) {
+      store(to + i, load(to + i, count) + load(y + int64_t{row} * D + i, count), count);
+    });
+  }
+}
+
+// --- time mix of generation 4 -------------------------------------------------------------------------------
+
+inline void time_mix4(Team& team, const Block& block, const BlockIO& io, Scratch scratch, float* packed) {
+  const TimeMix4& att = block.att4;
+  const int D = block.width, A = block.attention, rows = io.batch.rows;
+  float* normed = scratch.take(int64_t{rows} * D);
+  float* mixed = scratch.take(int64_t{3} * rows * D);
+  float* k = scratch.take(int64_t{rows} * A);
+  float* v = scratch.take(int64_t{rows} * A);
+  float* r = scratch.take(int64_t{rows} * A);
+  float* out = scratch.take(int64_t{rows} * D);
+  const Array weights[] = {att.mix_k, att.mix_v, att.mix_r};
+  shift_and_mix(team, block.ln1, {3, weights, false}, io, D, io.att_shift_in, normed, mixed);
+
+  keep_last(team, io, D, normed, io.att_shift_out);
+  const Range mine = team.share(A, kGrain);
+  const int64_t size = int64_t{rows} * D;
+  multiply(att.key, mixed, rows, k, mine, packed);
+  multiply(att.value, mixed + size, rows, v, mine, packed);
+  multiply(att.receptance, mixed + 2 * size, rows, r, mine, packed);
+  // The sums are kept as aa e^pp and bb e^pp, so that no exponential overflows.
+  for (int s = 0; s < io.batch.n_sequences; ++s) {
+    const Sequence& sequence = io.batch.sequences[s];
+    const float* from = io.memory_in + sequence.from * 3 * A;
+    float* to = io.memory_out + sequence.to * 3 * A;
+    for_eights(mine.begin, mine.end, [&](int i, auto count) {
+      f8 aa = load(from + i, count), bb = load(from + A + i, count), pp = load(from + 2 * A + i, count);
+      const f8 w = -exp(load(att.decay, i, count)), u = load(att.first, i, count);
+      for (int row = sequence.begin; row < sequence.end; ++row) {
+        const int64_t at = int64_t{row} * A + i;
+        const f8 key = load(k + at, count), value = load(v + at, count);
+        const f8 now = u + key, top = max(pp, now), old = exp(pp - top), fresh = exp(now - top);
+        const f8 wkv = (old * aa + fresh * value) / (old * bb + fresh);
+        store(r + at, sigmoid(load(r + at, count)) * wkv, count);
+        const f8 faded = pp + w, next = max(faded, key), keep = exp(faded - next), take = exp(key - next);
+        aa = keep * aa + take * value;
+        bb = keep * bb + take;
+        pp = next;
+      }
+      store(to + i, aa, count);
+      store(to + A + i, bb, count);
+      store(to + 2 * A + i, pp, count);
+    });
+  }
+  team.sync();
+
+  multiply(att.output, r, rows, out, team.share(D, kGrain), packed);
+  add(team, io.x, out, rows, D);
+  team.sync();
+}
+
+// --- time mix of generation 7 -------------------------------------------------------------------------------
+
+// One token of one head: S <- S (diag(w) - kappa (a kappa)^T) + v k^T; y = S r. S is (V, K).
+inline void remember(const float* from, float* to, int N, const float* r, const float* w, const float* k, const float* v,
+                     const float* kappa, const float* a_kappa, float* y) {
+  for (int row = 0; row < N; ++row) {
+    const float* S = from + row * N;
+    float* S_new = to + row * N;
+    const float erased = total(N, [&](int i, auto count) { return load(S + i, count) * load(kappa + i, count); });
+    y[row] = total(N, [&](int i, auto count) {
+      const f8 kept = load(S + i, count) * load(w + i, count) - erased * load(a_kappa + i, count);
+      const f8 now = kept + v[row] * load(k + i, count);
+      store(S_new + i, now, count);
+      return now * load(r + i, count);
+    });
+  }
+}
+
+inline void time_mix7(Team& team, const Block& block, const BlockIO& io, Scratch scratch, float* packed) {
+  const TimeMix7& att = block.att7;
+  const int D = block.width, A = block.attention, N = att.head_size, rows = io.batch.rows;
+  const int64_t size = int64_t{rows} * D, size_A = int64_t{rows} * A;
+  const bool is_first = att.v1.outputs == 0;
+  float* normed = scratch.take(size);
+  float* mixed = scratch.take(6 * size);
+  float* r = scratch.take(size_A);
+  float* k = scratch.take(size_A);
+  float* v = scratch.take(size_A);
+  float* w = scratch.take(size_A);
+  float* a = scratch.take(size_A);
+  float* g = scratch.take(size_A);
+  float* mix_v = scratch.take(size_A);
+  float* w_low = scratch.take(int64_t{rows} * att.w1.outputs);
+  float* a_low = scratch.take(int64_t{rows} * att.a1.outputs);
+  float* v_low = scratch.take(int64_t{rows} * att.v1.outputs);
+  float* g_low = scratch.take(int64_t{rows} * att.g1.outputs);
+  float* y = scratch.take(size_A);
+  float* out = scratch.take(size);
+  shift_and_mix(team, block.ln1, {6, att.mixes, true}, io, D, io.att_shift_in, normed, mixed);
+  const float *xr = mixed, *xw = mixed + size, *xk = mixed + 2 * size, *xv = mixed + 3 * size, *xa = mixed + 4 * size,
+              *xg = mixed + 5 * size;
+
+  keep_last(team, io, D, normed, io.att_shift_out);
+  const Range columns = team.share(A, kGrain);
+  multiply(att.receptance, xr, rows, r, columns, packed);
+  multiply(att.key, xk, rows, k, columns, packed);
+  multiply(att.value, xv, rows, is_first ? io.v_first : v, columns, packed);
+  const auto down = [&](const Matrix& W, const float* x, float* low, auto&& activation) {
+    const Range mine = team.share(W.outputs, kGrain);
+    multiply(W, x, rows, low, mine, packed);
+    for_each(low, rows, W.outputs, mine, activation);
+  };
+  const auto as_it_is = [](f8 x) { return x; };
+  down(att.w1, xw, w_low, [](f8 x) { return tanh(x); });
+  down(att.a1, xa, a_low, as_it_is);
+  down(att.g1, xg, g_low, [](f8 x) { return sigmoid(x); });
+  if (!is_first) down(att.v1, xv, v_low, as_it_is);
+  team.sync();
+
+  const Range heads = team.share(att.n_head, 1), mine = {heads.begin * N, heads.end * N};
+  multiply(att.w2, w_low, rows, w, mine, packed);
+  multiply(att.a2, a_low, rows, a, mine, packed);
+  multiply(att.g2, g_low, rows, g, mine, packed);
+  if (!is_first) multiply(att.v2, v_low, rows, mix_v, mine, packed);
+  if (is_first) v = io.v_first;
+  float kappa[kLargestHead], a_kappa[kLargestHead];
+  for (int head = heads.begin; head < heads.end; ++head) {
+    const int channel = head * N;
+    for (int s = 0; s < io.batch.n_sequences; ++s) {
+      const Sequence& sequence = io.batch.sequences[s];
+      const int64_t head_size = int64_t{N} * N, memory_size = att.n_head * head_size;
+      const float* from = io.memory_in + sequence.from * memory_size + head * head_size;
+      float* to = io.memory_out + sequence.to * memory_size + head * head_size;
+      for (int row = sequence.begin; row < sequence.end; ++row) {
+        const int64_t at = int64_t{row} * A + channel;
+        const float square = total(N, [&](int i, auto count) {
+          const f8 x = load(k + at + i, count) * load(att.k_k, channel + i, count);
+          store(kappa + i, x, count);
+          return x * x;
+        });
+        const float scale = 1 / std::max(std::sqrt(square), 1e-12f);
+        const float bonus = total(N, [&](int i, auto count) {
+          const f8 rate = sigmoid(load(att.a0, channel + i, count) + load(a + at + i, count));
+          const f8 d = load(att.w0, channel + i, count) + load(w + at + i, count);
+          const f8 direction = load(kappa + i, count) * scale;
+          const f8 key = load(k + at + i, count);
+          const f8 written = key + (key * rate - key) * load(att.k_a, channel + i, count);
+          store(w + at + i, exp(-0.606530659712633423f * sigmoid(d)), count);
+          store(kappa + i, direction, count);
+          store(a_kappa + i, rate * direction, count);
+          store(k + at + i, written, count);
+          if (!is_first) {
+            const f8 value = load(v + at + i, count), first = load(io.v_first + at + i, count);
+            const f8 share = sigmoid(load(att.v0, channel + i, count) + load(mix_v + at + i, count));
+            store(v + at + i, value + (first - value) * share, count);
+          }
+          return load(r + at + i, count) * written * load(att.r_k, channel + i, count);
+        });
+        remember(row == sequence.begin ? from : to, to, N, r + at, w + at, k + at, v + at, kappa, a_kappa, y + at);
+        const Moments m = moments(y + at, N, att.ln_x.eps, true);
+        for_eights(0, N, [&](int i, auto count) {
+          const f8 spread = (load(y + at + i, count) - m.mean) * m.scale;
+          const f8 weight = load(att.ln_x.weight, channel + i, count), bias = load(att.ln_x.bias, channel + i, count);
+          const f8 answer = spread * weight + bias + bonus * load(v + at + i, count);
+          store(y + at + i, answer * load(g + at + i, count), count);
+        });
+      }
+    }
+  }
+  team.sync();
+
+  multiply(att.output, y, rows, out, team.share(D, kGrain), packed);
+  add(team, io.x, out, rows, D);
+  team.sync();
+}
+
+// --- channel mix --------------------------------------------------------------------------------------------
+
+inline void channel_mix(Team& team, const Block& block, const BlockIO& io, Scratch scratch, float* packed) {
+  const ChannelMix4& ffn = block.ffn;
+  const int D = block.width, F = block.hidden, rows = io.batch.rows;
+  const int64_t size = int64_t{rows} * D;
+  const bool has_gate = ffn.receptance.outputs != 0;
+  float* normed = scratch.take(size);
+  float* mixed = scratch.take((1 + has_gate) * size);
+  float* hidden = scratch.take(int64_t{rows} * F);
+  float* gate = scratch.take(has_gate * size);
+  float* out = scratch.take(size);
+  int* active = reinterpret_cast<int*>(scratch.take(int64_t{F} * team.count())) + int64_t{F} * team.index();
+  const Array weights[] = {ffn.mix_k, ffn.mix_r};
+  shift_and_mix(team, block.ln2, {1 + has_gate, weights, block.generation == 7}, io, D, io.ffn_shift_in, normed, mixed);
+
+  keep_last(team, io, D, normed, io.ffn_shift_out);
+  const Range units = team.share(F, kGrain), columns = team.share(D, kGrain);
+  multiply(ffn.key, mixed, rows, hidden, units, packed);
+  for_each(hidden, rows, F, units, [&](f8 x) {
+    const f8 positive = max(x, f8{});
+    return block.squares ? positive * positive : positive;
+  });
+  if (has_gate) {
+    multiply(ffn.receptance, mixed + size, rows, gate, columns, packed);
+    for_each(gate, rows, D, columns, [](f8 x) { return sigmoid(x); });
+  }
+  team.sync();
+
+  const bool skips = io.skips && rows == 1 && ffn.value.by_input;
+  int n_active = 0;
+  for (int k = 0; skips && k < F; ++k) {
+    active[n_active] = k;
+    n_active += hidden[k] != 0;
+  }
+  multiply(ffn.value, hidden, rows, out, columns, packed, skips ? active : nullptr, n_active);
+  for (int row = 0; row < rows && has_gate; ++row) {
+    for_eights(columns.begin, columns.end, [&](int i, auto count) {
+      const int64_t at = int64_t{row} * D + i;
+      store(out + at, load(out + at, count) * load(gate + at, count), count);
+    });
+  }
+  add(team, io.x, out, rows, D);
+}

@@ -1,0 +1,107 @@
+// What a step of a model is made of, for each instruction set once. Plain pointers: nothing here knows torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pool.h"
+
+namespace wkv {
+
+enum class Format : int { kFloat32, kBFloat16, kFloat16 };
+
+// Numbers in memory, read as float32 whatever their format.
+struct Array {
+  const void* data = nullptr;
+  Format format = Format::kFloat32;
+};
+
+struct MutableArray {
+  void* data = nullptr;
+  Format format = Format::kFloat32;
+};
+
+// y = W x. By output, as checkpoints have it: the `inputs` numbers that make y[o] stand side by side. By input:
+// the `outputs` numbers that x[k] is multiplied with do, so that those of a zero need not be read.
+struct Matrix {
+  Array weights;
+  int inputs = 0, outputs = 0;
+  bool by_input = false;
+};
+
+// The tokens of one sequence are rows that follow each other; its state is one row of each state array.
+struct Sequence {
+  int begin, end;
+  int64_t from, to;  // rows of the state that is read and of the one that is written; they may be equal
+};
+
+struct Batch {
+  int rows;
+  int n_sequences;
+  const Sequence* sequences;
+};
+
+struct Norm {
+  Array weight, bias;  // no bias: the root mean square alone is taken out
+  float eps;
+};
+
+struct ChannelMix4 {  // and the receptance of generations 4 to 6
+  Array mix_k, mix_r;
+  Matrix key, receptance, value;
+};
+
+struct TimeMix4 {
+  Array mix_k, mix_v, mix_r, decay, first;
+  Matrix key, value, receptance, output;
+};
+
+struct TimeMix7 {
+  Array mixes[6];  // r w k v a g
+  Array w0, a0, v0, k_k, k_a, r_k;
+  Matrix w1, w2, a1, a2, v1, v2, g1, g2;  // no v1 in layer 0
+  Matrix receptance, key, value, output;
+  Norm ln_x;
+  int n_head, head_size;
+};
+
+struct Block {
+  int generation;
+  int width, attention, hidden;  // D, A, F
+  Norm ln0, ln1, ln2;            // no ln0 but in layer 0
+  bool squares;                  // relu^2, else relu
+  TimeMix4 att4;
+  TimeMix7 att7;
+  ChannelMix4 ffn;  // without receptance in generation 7
+};
+
+// What a block reads and writes besides its weights. Rows are tokens.
+struct BlockIO {
+  Batch batch;
+  Array source;    // (rows, D), what goes into the block
+  float* x;        // (rows, D), what comes out; it may be the same memory
+  float* v_first;  // (rows, A): written by layer 0, read by the others; generation 7
+  Array att_shift_in, ffn_shift_in;          // (states, D)
+  MutableArray att_shift_out, ffn_shift_out;
+  const float* memory_in;  // (states, 3, A) or (states, H, V, K)
+  float* memory_out;
+  bool skips;              // whether rows of ffn.value that meet a zero are left unread
+};
+
+struct Engine {
+  const char* name;
+  size_t (*scratch_floats)(const Block&, int rows, int threads);
+  void (*run_block)(const Block&, const BlockIO&, float* scratch, int threads);
+  // y (rows, outputs) = x (rows, inputs) W; scratch as for a block.
+  void (*multiply)(const Matrix&, const float* x, int rows, float* y, float* scratch, int threads);
+  void (*normalize)(const Norm&, const float* x, int rows, int width, float* y, int threads);
+};
+
+namespace portable {
+extern const Engine engine;
+}
+namespace avx2 {  // on x86 alone; wants AVX2, FMA and F16C
+extern const Engine engine;
+}
+
+}  // namespace wkv

@@ -1,0 +1,218 @@
+// The door between Python and the engines. Addresses come as integers: `wkv.ops.native` alone calls this, has
+// checked what they point to, and keeps it alive.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "engine.h"
+
+namespace nb = nanobind;
+
+namespace wkv {
+namespace {
+
+using Address = uintptr_t;
+
+// Floats on a cache line, kept by each thread from call to call.
+float* scratch(size_t n) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> buffer;
+  thread_local size_t size = 0;
+  if (n > size) {
+    buffer.reset();
+    size = 0;
+    void* fresh = nullptr;
+    if (posix_memalign(&fresh, 64, n * sizeof(float)) != 0) throw std::bad_alloc();
+    buffer.reset(static_cast<float*>(fresh));
+    size = n;
+  }
+  return buffer.get();
+}
+
+std::vector<std::string> engines() {
+  std::vector<std::string> names;
+#if defined(WKV_HAS_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    names.push_back(avx2::engine.name);
+#endif
+  names.push_back(portable::engine.name);
+  return names;
+}
+
+const Engine& engine(const std::string& name) {
+  for (const std::string& known : engines()) {
+    if (known != name) continue;
+#if defined(WKV_HAS_AVX2)
+    if (name == avx2::engine.name) return avx2::engine;
+#endif
+    return portable::engine;
+  }
+  throw nb::value_error(("no engine " + name + " on this processor").c_str());
+}
+
+// The named tensors of a block, (address, format, whether it lies by input), and its sizes.
+class Parts {
+  using Place = std::tuple<Address, int, bool>;
+
+ public:
+  explicit Parts(nb::dict parts) : parts_(std::move(parts)) {}
+
+  Array array(const char* name) const {
+    if (!parts_.contains(name)) return {};
+    const auto [address, format, by_input] = nb::cast<Place>(parts_[name]);
+    return {reinterpret_cast<const void*>(address), static_cast<Format>(format)};
+  }
+
+  // W [out, in], as torch's Linear keeps it; `is_turned`: the tensor is [in, out].
+  Matrix matrix(const char* name, int inputs, int outputs, bool is_turned = false) const {
+    if (!parts_.contains(name)) return {};
+    const bool by_input = std::get<2>(nb::cast<Place>(parts_[name]));
+    return {array(name), inputs, outputs, by_input != is_turned};
+  }
+
+  int number(const char* name) const { return parts_.contains(name) ? nb::cast<int>(parts_[name]) : 0; }
+
+  Norm norm(const std::string& name, float eps) const {
+    return {array((name + ".weight").c_str()), array((name + ".bias").c_str()), eps};
+  }
+
+ private:
+  nb::dict parts_;
+};
+
+Block make_block(nb::dict dict, float norm_eps, float head_eps) {
+  const Parts parts(std::move(dict));
+  Block block{};
+  const int D = block.width = parts.number("width"), A = block.attention = parts.number("attention");
+  const int F = block.hidden = parts.number("hidden");
+  block.generation = parts.number("generation");
+  block.squares = parts.number("squares") != 0;
+  block.ln0 = parts.norm("ln0", norm_eps);
+  block.ln1 = parts.norm("ln1", norm_eps);
+  block.ln2 = parts.norm("ln2", norm_eps);
+  if (block.generation == 7) {
+    TimeMix7& att = block.att7;
+    const char* mixes[] = {"att.x_r", "att.x_w", "att.x_k", "att.x_v", "att.x_a", "att.x_g"};
+    for (int i = 0; i < 6; ++i) att.mixes[i] = parts.array(mixes[i]);
+    att.w0 = parts.array("att.w0");
+    att.a0 = parts.array("att.a0");
+    att.v0 = parts.array("att.v0");
+    att.k_k = parts.array("att.k_k");
+    att.k_a = parts.array("att.k_a");
+    att.r_k = parts.array("att.r_k");
+    const auto low = [&](const char* down, const char* up, int rank, Matrix& first, Matrix& second) {
+      first = parts.matrix(down, D, rank, true);
+      second = parts.matrix(up, rank, A, true);
+    };
+    low("att.w1", "att.w2", parts.number("decay_rank"), att.w1, att.w2);
+    low("att.a1", "att.a2", parts.number("rate_rank"), att.a1, att.a2);
+    low("att.v1", "att.v2", parts.number("value_rank"), att.v1, att.v2);
+    low("att.g1", "att.g2", parts.number("gate_rank"), att.g1, att.g2);
+    att.receptance = parts.matrix("att.receptance.weight", D, A);
+    att.key = parts.matrix("att.key.weight", D, A);
+    att.value = parts.matrix("att.value.weight", D, A);
+    att.output = parts.matrix("att.output.weight", A, D);
+    att.ln_x = parts.norm("att.ln_x", head_eps);
+    att.n_head = parts.number("n_head");
+    att.head_size = parts.number("head_size");
+    block.ffn.mix_k = parts.array("ffn.x_k");
+  } else {
+    TimeMix4& att = block.att4;
+    att.mix_k = parts.array("att.time_mix_k");
+    att.mix_v = parts.array("att.time_mix_v");
+    att.mix_r = parts.array("att.time_mix_r");
+    att.decay = parts.array("att.time_decay");
+    att.first = parts.array("att.time_first");
+    att.key = parts.matrix("att.key.weight", D, A);
+    att.value = parts.matrix("att.value.weight", D, A);
+    att.receptance = parts.matrix("att.receptance.weight", D, A);
+    att.output = parts.matrix("att.output.weight", A, D);
+    block.ffn.mix_k = parts.array("ffn.time_mix_k");
+    block.ffn.mix_r = parts.array("ffn.time_mix_r");
+    block.ffn.receptance = parts.matrix("ffn.receptance.weight", D, D);
+  }
+  block.ffn.key = parts.matrix("ffn.key.weight", D, F);
+  block.ffn.value = parts.matrix("ffn.value.weight", F, D);
+  return block;
+}
+
+class Runner {
+ public:
+  Runner(nb::dict parts, float norm_eps, float head_eps, const std::string& name)
+      : block_(make_block(std::move(parts), norm_eps, head_eps)), engine_(engine(name)) {}
+
+  // n sequences of T tokens each. source (n * T, D) in its format; x (n * T, D) and v_first (n * T, A) float32; shifts
+  // in `format`; memories float32.
+  // slots: the address of n int64 row numbers of the states that are read and of those that are written, or 0.
+  void run(int n, int T, Address source, int source_format, Address x, Address v_first, int format, std::tuple<Address, Address, Address> in,
+           std::tuple<Address, Address, Address> out, Address slots_in, Address slots_out, bool skips, int threads) {
+    nb::gil_scoped_release release;
+    thread_local std::vector<Sequence> sequences;
+    sequences.resize(n);
+    const auto *from = reinterpret_cast<const int64_t*>(slots_in), *to = reinterpret_cast<const int64_t*>(slots_out);
+    for (int i = 0; i < n; ++i) sequences[i] = {i * T, (i + 1) * T, from ? from[i] : i, to ? to[i] : i};
+    const auto array = [&](Address a) { return Array{reinterpret_cast<const void*>(a), static_cast<Format>(format)}; };
+    const auto mutable_array = [&](Address a) {
+      return MutableArray{reinterpret_cast<void*>(a), static_cast<Format>(format)};
+    };
+    const BlockIO io{{n * T, n, sequences.data()},
+                     {reinterpret_cast<const void*>(source), static_cast<Format>(source_format)},
+                     reinterpret_cast<float*>(x),
+                     reinterpret_cast<float*>(v_first),
+                     array(std::get<0>(in)),
+                     array(std::get<2>(in)),
+                     mutable_array(std::get<0>(out)),
+                     mutable_array(std::get<2>(out)),
+                     reinterpret_cast<const float*>(std::get<1>(in)),
+                     reinterpret_cast<float*>(std::get<1>(out)),
+                     skips};
+    engine_.run_block(block_, io, scratch(engine_.scratch_floats(block_, n * T, threads)), threads);
+  }
+
+ private:
+  Block block_;
+  const Engine& engine_;
+};
+
+void multiply(const std::string& name, Address weights, int format, int inputs, int outputs, bool by_input, Address x,
+              int rows, Address y, int threads) {
+  const Engine& chosen = engine(name);
+  nb::gil_scoped_release release;
+  const Matrix W{{reinterpret_cast<const void*>(weights), static_cast<Format>(format)}, inputs, outputs, by_input};
+  chosen.multiply(W, reinterpret_cast<const float*>(x), rows, reinterpret_cast<float*>(y),
+                  scratch(chosen.scratch_floats(Block{}, 0, threads)), threads);
+}
+
+// y = norm(x), (rows, width) float32. Weight and bias in `format`; bias 0: the root mean square alone.
+void normalize(const std::string& name, Address weight, Address bias, int format, float eps, Address x, int rows,
+               int width, Address y, int threads) {
+  const Engine& chosen = engine(name);
+  nb::gil_scoped_release release;
+  const auto array = [&](Address a) { return Array{reinterpret_cast<const void*>(a), static_cast<Format>(format)}; };
+  chosen.normalize({array(weight), array(bias), eps}, reinterpret_cast<const float*>(x), rows, width,
+                   reinterpret_cast<float*>(y), threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "RWKV's steps on the CPU, compiled; see wkv.ops.native.";
+  m.def("engines", &engines, "What this processor can run, best first.");
+  m.def("multiply", &multiply);
+  m.def("normalize", &normalize);
+  nb::class_<Runner>(m, "Runner")
+      .def(nb::init<nb::dict, float, float, const std::string&>())
+      .def("run", &Runner::run);
+}
+
+}  // namespace wkv

@@ -1,0 +1,143 @@
+// Eight numbers at a time, in the compiler's vector extension: one source becomes AVX2, SSE2 or NEON.
+// Included once per instruction set, inside that set's namespace.
+
+typedef float f8 __attribute__((vector_size(32)));
+typedef float f8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t i8 __attribute__((vector_size(32)));
+typedef uint32_t u8 __attribute__((vector_size(32)));
+typedef uint16_t h8 __attribute__((vector_size(16)));
+typedef uint16_t h8_unaligned __attribute__((vector_size(16), aligned(2), may_alias));
+
+constexpr int kLanes = 8;
+
+// Stored formats. A weight or a state is read in the format that it has; sums are float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+inline f8 load(const float* p) { return *reinterpret_cast<const f8_unaligned*>(p); }
+
+inline f8 load(const BFloat16* p) {
+#if defined(__AVX2__)  // what the compiler makes of the line below takes six instructions
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+#else
+  const h8 bits = *reinterpret_cast<const h8_unaligned*>(p);
+  return reinterpret_cast<f8>(__builtin_convertvector(bits, u8) << 16);
+#endif
+}
+
+inline f8 load(const Half* p) {
+  const h8 bits = *reinterpret_cast<const h8_unaligned*>(p);
+#if defined(__F16C__)
+  return reinterpret_cast<f8>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
+#else
+  const u8 wide = __builtin_convertvector(bits, u8);
+  const u8 magnitude = (wide & 0x7fff) << 13;
+  const u8 scaled = reinterpret_cast<u8>(reinterpret_cast<f8>(magnitude) * 0x1p112f);  // subnormals too
+  const u8 special = reinterpret_cast<u8>(magnitude >= 0x7c00u << 13);                 // infinity, NaN
+  return reinterpret_cast<f8>((special ? (magnitude | 0x7f800000u) : scaled) | (wide & 0x8000u) << 16);
+#endif
+}
+
+inline float load1(const float* p) { return *p; }
+inline float load1(const BFloat16* p) { return __builtin_bit_cast(float, static_cast<uint32_t>(p->bits) << 16); }
+inline float load1(const Half* p) {
+  const Half eight[kLanes] = {*p};
+  return load(eight)[0];
+}
+
+inline void store(float* p, f8 x) { *reinterpret_cast<f8_unaligned*>(p) = x; }
+inline void store1(float* p, float x) { *p = x; }
+
+// To the nearest, ties to even. Not-a-numbers stay what they are.
+inline void store1(BFloat16* p, float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  p->bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void store1(Half* p, float x) {
+#if defined(__F16C__)
+  p->bits = static_cast<uint16_t>(_cvtss_sh(x, 0));
+#else
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x), sign = (bits >> 16) & 0x8000;
+  uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    magnitude = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // rounds to more than the largest
+    magnitude = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // subnormal: let the addition round
+    const float shifted = __builtin_bit_cast(float, magnitude) + 0.5f;
+    magnitude = __builtin_bit_cast(uint32_t, shifted) - 0x3f000000;
+  } else {
+    magnitude = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(sign | magnitude);
+#endif
+}
+
+inline f8 min(f8 a, f8 b) { return a < b ? a : b; }
+inline f8 max(f8 a, f8 b) { return a > b ? a : b; }
+
+// In a fixed order, so that a sum never depends on who computes it.
+inline float sum(f8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+// e^x to 1.5 units in the last place; 0 below -87.3, e^88.7 above 88.7.
+inline f8 exp(f8 x) {
+  const f8 clamped = min(max(x, f8{} - 87.3f), f8{} + 88.7f);
+  const f8 magic = f8{} + 0x1.8p23f;  // adding it rounds to an integer
+  const f8 n = (clamped * 1.44269504088896341f + magic) - magic;
+  const f8 r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  f8 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const i8 exponent = __builtin_convertvector(n, i8) << 23;
+  const f8 result = reinterpret_cast<f8>(reinterpret_cast<i8>(p) + exponent);
+  return x == x ? (x < -87.3f ? f8{} : result) : x;
+}
+
+inline f8 sigmoid(f8 x) { return 1.0f / (1.0f + exp(-x)); }
+
+inline f8 tanh(f8 x) {
+  const f8 square = x * x;
+  // Near zero the quotient would lose the digits of x: there, x - x^3/3 + 2x^5/15 - 17x^7/315.
+  const f8 series = x - x * square * (1.0f / 3 - square * (2.0f / 15 - square * (17.0f / 315)));
+  const f8 quotient = 1.0f - 2.0f / (1.0f + exp(2.0f * x));
+  return square < 0.02f ? series : quotient;
+}
+
+// What is done to the elements begin .. end, eight at a time: at(i, count) does it to i .. i + count. For whole
+// eights the count is a constant of the program; the rest goes through the same arithmetic in a vector of its own.
+using Eight = std::integral_constant<int, kLanes>;
+
+template <class At>
+inline void for_eights(int begin, int end, At&& at) {
+  int i = begin;
+  for (; i + kLanes <= end; i += kLanes) at(i, Eight{});
+  if (i < end) at(i, end - i);
+}
+
+template <class T>
+inline f8 load(const T* p, Eight) {
+  return load(p);
+}
+
+template <class T>
+inline f8 load(const T* p, int count) {
+  f8 x{};
+  for (int i = 0; i < count; ++i) x[i] = load1(p + i);
+  return x;
+}
+
+inline void store(float* p, f8 x, Eight) { store(p, x); }
+
+template <class T>
+inline void store(T* p, f8 x, int count) {
+  for (int i = 0; i < count; ++i) store1(p + i, x[i]);
+}

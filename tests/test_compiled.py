@@ -1,0 +1,347 @@
+"""The compiled engine computes what the equations say, and a row's bits depend on nothing but the row."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import random_tokens, small_model
+from torch import Tensor, nn
+
+import wkv
+from wkv.config import Config, RWKV4Config, RWKV7Config
+from wkv.errors import BackendError
+from wkv.models import RWKV, build, compiled, rwkv7
+from wkv.ops import native, use_backend
+from wkv.state import State
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no engine: {native.why_not()}")
+
+FORMATS = list(native.FORMATS)
+ROUNDING = {dtype: 20 * torch.finfo(dtype).eps for dtype in FORMATS}  # relative, of a whole small model
+
+
+def config(generation: int, *, width: int = 48, head: int = 16, hidden: int = 80, **others: object) -> Config:
+    sizes = {"vocab_size": 61, "n_layer": 3, "n_embd": width, "dim_att": width, "dim_ffn": hidden, **others}
+    if generation == 4:
+        return RWKV4Config(**sizes)
+    ranks = dict(decay_rank=6, rate_rank=5, value_rank=4, gate_rank=19)
+    return RWKV7Config(**sizes, head_size=head, **ranks)
+
+
+SHAPES = {
+    "4": config(4),
+    "4 odd": config(4, width=37, hidden=83),
+    "7": config(7),
+    "7 heads of 8": config(7, width=40, head=8),
+    "7 heads of 12": config(7, width=36, head=12, hidden=41),
+    "7 one head of 5": config(7, width=5, head=5, hidden=3),
+    "7 heads of 128": config(7, width=256, head=128, n_layer=2),
+    "7 relu": config(7, ffn_activation="relu"),
+    "7 rms": config(7, norm="rmsnorm"),
+}
+
+
+@pytest.fixture(params=native.engines())
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(native, "engines", lambda: [request.param])
+    compiled._KEPT.clear()
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def own_number_of_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    expected = expected.double()
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def same(a: State, b: State) -> bool:
+    pairs = zip(a.layers, b.layers, strict=True)
+    return all(torch.equal(x, y) for one, other in pairs for x, y in zip(one, other, strict=True))
+
+
+@torch.no_grad()
+def native_run(model: RWKV, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    with use_backend("native"):
+        return model(tokens, state)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_logits_and_states_are_those_of_the_equations(engine: str, shape: str, dtype: torch.dtype) -> None:
+    model = small_model(SHAPES[shape], dtype=dtype)
+    exact = build(SHAPES[shape], dtype=torch.float64)
+    exact.load_state_dict(model.state_dict())
+    tokens = random_tokens(model, 3, 20)
+    more = random_tokens(model, 3, 1, seed=1)  # and on from there, one token
+
+    def run(model: RWKV, backend: str) -> list[Tensor]:
+        with use_backend(backend):
+            logits, state = model(tokens)
+            return [logits, model(more, state)[0], *(tensor for layer in state.layers for tensor in layer)]
+
+    expected, plain, found = run(exact, "reference"), run(model, "reference"), run(model, "native")
+    for ours, theirs, value in zip(found, plain, expected, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert error(ours, value) <= 3 * error(theirs, value) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("shape", ["4 odd", "7", "7 heads of 12"])
+@given(data=st.data())
+def test_a_rows_bits_depend_on_the_row_alone(shape: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    model = small_model(SHAPES[shape], dtype=dtype)
+    rows, T = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 30))
+    tokens = random_tokens(model, rows, T)
+    torch.set_num_threads(data.draw(st.integers(1, 5)))
+    together, state = native_run(model, tokens)
+    row = data.draw(st.integers(0, rows - 1))
+    cuts = sorted(data.draw(st.sets(st.integers(1, T - 1), max_size=5)) if T > 1 else [])
+    torch.set_num_threads(data.draw(st.integers(1, 5)))
+    own, pieces = None, []
+    for start, stop in itertools.pairwise([0, *cuts, T]):
+        logits, own = native_run(model, tokens[row : row + 1, start:stop], own)
+        pieces.append(logits)
+    assert own is not None
+    assert torch.equal(torch.cat(pieces, dim=1)[0], together[row])
+    assert same(own, state[row])
+
+
+@pytest.mark.parametrize("shape", ["4", "7"])
+@torch.no_grad()
+def test_a_prompt_longer_than_the_engine_takes_at_once_is_one_function(shape: str) -> None:
+    model = small_model(SHAPES[shape], dtype=torch.float32)
+    tokens = random_tokens(model, 2, 700)
+    logits, state = native_run(model, tokens)
+    first, half = native_run(model, tokens[:, :333])
+    second, end = native_run(model, tokens[:, 333:], half)
+    assert torch.equal(logits, torch.cat((first, second), dim=1)) and same(state, end)
+
+
+@pytest.mark.parametrize("shape", ["4", "7"])
+@pytest.mark.parametrize("dtype", FORMATS)
+@torch.no_grad()
+def test_what_meets_a_zero_is_not_read_and_changes_no_bit(shape: str, dtype: torch.dtype) -> None:
+    model = small_model(SHAPES[shape], dtype=dtype)
+    tokens = random_tokens(model, 1, 9)
+    lengths = []
+    for t in range(9):
+        batch = tokens[:, t : t + 1].expand(2, 1)  # two rows: nothing is skipped
+        alone, state = native_run(model, tokens[:, t : t + 1])
+        pair, both = native_run(model, batch)
+        assert torch.equal(alone[0], pair[1]) and same(state, both[1])
+        lengths.append(state)
+    # Not read: rows of the matrix that only zeros meet may hold anything.
+    block = model.blocks[0]
+    dead = torch.zeros(model.config.dim_ffn, dtype=torch.bool)
+    dead[::3] = True
+    block.ffn.key.weight[dead] = 0
+    before, _ = native_run(model, tokens[:, :1])
+    block.ffn.value.weight[:, dead] = float("nan")
+    after, _ = native_run(model, tokens[:, :1])
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("shape", ["4 odd", "7", "7 heads of 128"])
+@torch.no_grad()
+def test_states_are_taken_and_left_by_slot(engine: str, shape: str) -> None:
+    model = small_model(SHAPES[shape], dtype=torch.float32)
+    tokens = random_tokens(model, 3, 4)
+    _, state = native_run(model, random_tokens(model, 3, 5, seed=1))
+    expected = native_run(model, tokens, state)[1].layers[0]
+    found = compiled.compiled_blocks(model)
+    assert not isinstance(found, str)
+    x = model.emb(tokens).contiguous()
+    out = torch.empty_like(x)
+    v_first = torch.full((3, 4, model.config.dim_att), float("nan"))
+    source, target = torch.tensor([4, 0, 2]), torch.tensor([1, 3, 0])
+    nan = float("nan")
+    before = [tensor.new_full((5, *tensor.shape[1:]), nan) for tensor in state.layers[0]]
+    after = [tensor.clone() for tensor in before]
+    for pool, tensor in zip(before, state.layers[0], strict=True):
+        pool[source] = tensor
+    found[0]._engine.run(x, out, v_first, tuple(before), tuple(after), slots=(source, target))
+    for pool, tensor in zip(after, expected, strict=True):
+        assert torch.equal(pool[target], tensor)
+        assert pool[[2, 4]].isnan().all()  # the others are left alone
+    in_place = tuple(before)
+    found[0]._engine.run(x, x, v_first, in_place, in_place, slots=(source, source))
+    assert torch.equal(x, out)
+    for pool, tensor in zip(before, expected, strict=True):
+        assert torch.equal(pool[source], tensor)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@given(data=st.data())
+def test_products_of_any_size_and_layout(dtype: torch.dtype, data: st.DataObject) -> None:
+    inputs, outputs = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    if data.draw(st.booleans()):
+        inputs += 1024  # more than are multiplied at a time
+    rows, by_input = data.draw(st.integers(1, 60)), data.draw(st.booleans())
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    # As slices of something larger that is no number: nothing beyond the edges may be read.
+    shape = (inputs + 2, outputs) if by_input else (outputs + 2, inputs)
+    weight = torch.full(shape, float("nan"), dtype=dtype)[1:-1]
+    weight = weight.mT if by_input else weight
+    weight.copy_(torch.randn(outputs, inputs, generator=generator))
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    torch.set_num_threads(data.draw(st.integers(1, 4)))
+    assert native.lies_by_input(weight) is by_input or 1 in (inputs, outputs)
+    with torch.no_grad():
+        y = native.product(x, weight)
+        alone = native.product(x[-1:], weight)
+    exact = x.double() @ weight.double().mT
+    scale = x.double().abs() @ weight.double().abs().mT
+    assert y.dtype == dtype
+    assert ((y.double() - exact).abs() <= 2e-6 * scale + torch.finfo(dtype).eps * exact.abs()).all()
+    assert torch.equal(alone[0], y[-1])
+
+
+@torch.no_grad()
+def test_weights_that_change_are_seen() -> None:
+    model = small_model(SHAPES["7"], dtype=torch.float32)
+    tokens = random_tokens(model, 1, 3)
+    first, _ = native_run(model, tokens)
+    block = model.blocks[1]
+
+    def check_changed(first: Tensor) -> Tensor:
+        now, _ = native_run(model, tokens)
+        with use_backend("reference"):
+            expected, _ = model(tokens)
+        assert not torch.equal(now, first) and error(now, expected) < ROUNDING[torch.float32]
+        return now
+
+    block.att.x_r.mul_(2)  # in place
+    first = check_changed(first)
+    block.ffn.key.weight = nn.Parameter(block.ffn.key.weight * 2)  # another tensor
+    first = check_changed(first)
+    block.att.w1.data = block.att.w1 * 3  # another memory
+    first = check_changed(first)
+    model.load_state_dict(small_model(SHAPES["7"], dtype=torch.float32, seed=5).state_dict(), assign=True)
+    check_changed(first)
+
+
+@torch.no_grad()
+def test_what_the_engine_does_not_know_stays_with_torch() -> None:
+    model = small_model(SHAPES["7"], dtype=torch.float32)
+    tokens = random_tokens(model, 1, 3)
+
+    def check_refused(reason: str) -> None:
+        with pytest.raises(BackendError, match=reason):
+            native_run(model, tokens)
+        with use_backend("reference"):
+            expected, _ = model(tokens)
+        assert error(model(tokens)[0], expected) < ROUNDING[torch.float32]
+
+    class Louder(rwkv7.ChannelMix):
+        def forward(self, *arguments: object) -> tuple[Tensor, Tensor]:
+            out, last = super().forward(*arguments)
+            return 2 * out, last
+
+    block = model.blocks[1]
+    block.ffn.__class__ = Louder
+    check_refused("no compiled form")
+    block.ffn.__class__ = rwkv7.ChannelMix
+    seen: list[object] = []
+    handle = block.att.key.register_forward_hook(lambda *now: seen.append(now))
+    check_refused("hook")
+    assert seen
+    handle.remove()
+    native_run(model, tokens)
+    with torch.enable_grad():
+        with pytest.raises(BackendError, match="gradients"), use_backend("native"):
+            model(tokens)
+        logits, _ = model(tokens)
+        assert logits.requires_grad
+    with pytest.raises(BackendError, match="padding"), use_backend("native"):
+        model(tokens, lengths=torch.tensor([2]))
+    with pytest.raises(BackendError, match="no compiled form"):
+        native_run(small_model("6", dtype=torch.float32), tokens)
+    with pytest.raises(BackendError, match="float64"):
+        native_run(small_model(SHAPES["7"]), tokens)
+
+
+@torch.no_grad()
+def test_without_the_extension_torch_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(SHAPES["7"], dtype=torch.float32)
+    tokens = random_tokens(model, 2, 6)
+    expected, _ = native_run(model, tokens)
+    monkeypatch.setattr(native, "_load", lambda: "it was not built")
+    plain = small_model(SHAPES["7"], dtype=torch.float32)  # whose matrices lie as torch wants them
+    assert plain.head.weight.mT.is_contiguous()
+    assert error(plain(tokens)[0], expected) < ROUNDING[torch.float32]
+    with pytest.raises(BackendError, match="it was not built"):
+        native_run(plain, tokens)
+
+
+@torch.no_grad()
+def test_a_models_copy_and_file_do_not_know_of_the_engine(tmp_path: object) -> None:
+    import copy
+
+    model = small_model(SHAPES["7"], dtype=torch.float32)
+    tokens = random_tokens(model, 1, 3)
+    logits, _ = native_run(model, tokens)
+    twin = copy.deepcopy(model)
+    del model
+    assert torch.equal(native_run(twin, tokens)[0], logits)
+    assert not [name for name in twin.state_dict() if "compiled" in name or "native" in name]
+
+
+@torch.no_grad()
+def test_threads_of_python_take_turns() -> None:
+    model = small_model(SHAPES["7"], dtype=torch.float32)
+    prompts = [random_tokens(model, 1, 12, seed=i) for i in range(6)]
+    expected = [native_run(model, prompt)[0] for prompt in prompts]
+    found: dict[int, list[bool]] = {i: [] for i in range(6)}
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            found[i].append(torch.equal(native_run(model, prompts[i])[0], expected[i]))
+
+    team = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in team:
+        thread.start()
+    for thread in team:
+        thread.join()
+    assert all(found[i] == [True] * 10 for i in range(6))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@torch.no_grad()
+def test_a_process_that_forks_after_a_call_can_call_again() -> None:
+    torch.set_num_threads(2)
+    weight, x = torch.randn(64, 32), torch.randn(5, 32)
+    expected = native.product(x, weight)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = 0 if torch.equal(native.product(x, weight), expected) else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(native.product(x, weight), expected)
+
+
+def test_the_session_runs_on_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(SHAPES["7"], dtype=torch.float32)
+    calls: list[int] = []
+    run = native.Block.run
+    monkeypatch.setattr(native.Block, "run", lambda self, *a, **k: (calls.append(1), run(self, *a, **k))[1])
+    session = wkv.Session(model, None)
+    session.feed([1, 2, 3])
+    assert len(calls) == model.config.n_layer
