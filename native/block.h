@@ -8,8 +8,8 @@ inline f8 load(const Array& array, int64_t i, Count count) {
     case Format::kFloat32: return load(static_cast<const float*>(array.data) + i, count);
     case Format::kBFloat16: return load(static_cast<const BFloat16*>(array.data) + i, count);
     case Format::kFloat16: return load(static_cast<const Half*>(array.data) + i, count);
+    default: __builtin_unreachable();  // vectors are never quantised
   }
-  __builtin_unreachable();
 }
 
 template <class Count>
@@ -18,6 +18,7 @@ inline void store(const MutableArray& array, int64_t i, f8 x, Count count) {
     case Format::kFloat32: return store(static_cast<float*>(array.data) + i, x, count);
     case Format::kBFloat16: return store(static_cast<BFloat16*>(array.data) + i, x, count);
     case Format::kFloat16: return store(static_cast<Half*>(array.data) + i, x, count);
+    default: __builtin_unreachable();
   }
 }
 
@@ -30,8 +31,8 @@ inline f8 rounded(f8 x, Format format, Count count) {
     case Format::kFloat32: return x;
     case Format::kBFloat16: store(short_floats, x, static_cast<int>(count)); return load(short_floats, count);
     case Format::kFloat16: store(halves, x, static_cast<int>(count)); return load(halves, count);
+    default: __builtin_unreachable();
   }
-  __builtin_unreachable();
 }
 
 // The sum of term(i, count) over 0 .. n, the same whoever asks.
@@ -89,21 +90,6 @@ struct Tile {
 inline Tile tile(const Team& team, int rows, int width) {
   if (rows >= 4 * team.count()) return {true, team.share(rows, 1), {0, width}};
   return {false, {0, rows}, team.share(width, kGrain)};
-}
-
-// What goes into the block becomes x, in layer 0 by way of its own norm.
-inline void enter(Team& team, const Block& block, const BlockIO& io) {
-  const bool is_first = block.ln0.weight.data != nullptr;
-  if (io.source.data == io.x && !is_first) return;
-  const Range rows = team.share(io.batch.rows, 1);
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    float* x = io.x + row * block.width;
-    for_eights(0, block.width, [&](int i, auto count) {
-      store(x + i, load(io.source, row * block.width + i, count), count);
-    });
-    if (is_first) normalize_row(block.ln0, x, block.width, x);
-  }
-  team.sync();
 }
 
 // --- before a mix: norm, token shift, the mixes -------------------------------------------------------------
@@ -166,9 +152,8 @@ inline void for_each(float* y, int rows, int width, Range columns, F&& f) {
   }
 }
 
-// x (rows, D) += y, for the team's parts of the columns.
-inline void add(const Team& team, float* x, const float* y, int rows, int D) {
-  const Range columns = team.share(D, kGrain);
+// x (rows, D)[:, columns] += y
+inline void add(float* x, const float* y, int rows, int D, Range columns) {
   for (int row = 0; row < rows; ++row) {
     float* to = x + int64_t{row} * D;
     for_eights(columns.begin, columns.end, [&](int i, auto count) {
@@ -223,8 +208,9 @@ inline void time_mix4(Team& team, const Block& block, const BlockIO& io, Scratch
   }
   team.sync();
 
-  multiply(att.output, r, rows, out, team.share(D, kGrain), packed);
-  add(team, io.x, out, rows, D);
+  const Range columns = team.share(D, kGrain);
+  multiply(att.output, r, rows, out, columns, packed);
+  add(io.x, out, rows, D, columns);
   team.sync();
 }
 
@@ -339,8 +325,9 @@ inline void time_mix7(Team& team, const Block& block, const BlockIO& io, Scratch
   }
   team.sync();
 
-  multiply(att.output, y, rows, out, team.share(D, kGrain), packed);
-  add(team, io.x, out, rows, D);
+  const Range of_x = team.share(D, kGrain);
+  multiply(att.output, y, rows, out, of_x, packed);
+  add(io.x, out, rows, D, of_x);
   team.sync();
 }
 
@@ -361,7 +348,7 @@ inline void channel_mix(Team& team, const Block& block, const BlockIO& io, Scrat
   shift_and_mix(team, block.ln2, {1 + has_gate, weights, block.generation == 7}, io, D, io.ffn_shift_in, normed, mixed);
 
   keep_last(team, io, D, normed, io.ffn_shift_out);
-  const Range units = team.share(F, kGrain), columns = team.share(D, kGrain);
+  const Range units = team.share(F, kGrain), columns = team.share(D, grain(ffn.value));
   multiply(ffn.key, mixed, rows, hidden, units, packed);
   for_each(hidden, rows, F, units, [&](f8 x) {
     const f8 positive = max(x, f8{});
@@ -373,7 +360,7 @@ inline void channel_mix(Team& team, const Block& block, const BlockIO& io, Scrat
   }
   team.sync();
 
-  const bool skips = io.skips && rows == 1 && ffn.value.by_input;
+  const bool skips = io.skips && rows == 1 && ffn.value.by_input && !ffn.value.scales;
   int n_active = 0;
   for (int k = 0; skips && k < F; ++k) {
     active[n_active] = k;
@@ -386,5 +373,22 @@ inline void channel_mix(Team& team, const Block& block, const BlockIO& io, Scrat
       store(out + at, load(out + at, count) * load(gate + at, count), count);
     });
   }
-  add(team, io.x, out, rows, D);
+  add(io.x, out, rows, D, columns);
+}
+
+inline void run_block(Team& team, const Block& block, const BlockIO& io, Scratch scratch, float* packed) {
+  if (block.ln0.weight.data != nullptr) {
+    const Range rows = team.share(io.batch.rows, 1);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      float* x = io.x + row * block.width;
+      normalize_row(block.ln0, x, block.width, x);
+    }
+    team.sync();
+  }
+  if (block.generation == 7) {
+    time_mix7(team, block, io, scratch, packed);
+  } else {
+    time_mix4(team, block, io, scratch, packed);
+  }
+  channel_mix(team, block, io, scratch, packed);
 }

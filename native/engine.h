@@ -8,7 +8,7 @@
 
 namespace wkv {
 
-enum class Format : int { kFloat32, kBFloat16, kFloat16 };
+enum class Format : int { kFloat32, kBFloat16, kFloat16, kInt8, kInt4 };  // the last two of matrices alone
 
 // Numbers in memory, read as float32 whatever their format.
 struct Array {
@@ -27,6 +27,7 @@ struct Matrix {
   Array weights;
   int inputs = 0, outputs = 0;
   bool by_input = false;
+  const void* scales = nullptr;  // of kInt8 and kInt4: see quantized.h
 };
 
 // The tokens of one sequence are rows that follow each other; its state is one row of each state array.
@@ -78,8 +79,7 @@ struct Block {
 // What a block reads and writes besides its weights. Rows are tokens.
 struct BlockIO {
   Batch batch;
-  Array source;    // (rows, D), what goes into the block
-  float* x;        // (rows, D), what comes out; it may be the same memory
+  float* x;        // (rows, D), changed in place
   float* v_first;  // (rows, A): written by layer 0, read by the others; generation 7
   Array att_shift_in, ffn_shift_in;          // (states, D)
   MutableArray att_shift_out, ffn_shift_out;
@@ -88,11 +88,41 @@ struct BlockIO {
   bool skips;              // whether rows of ffn.value that meet a zero are left unread
 };
 
+struct Model {
+  Array emb;  // (vocabulary, D)
+  int vocabulary, n_blocks;
+  const Block* blocks;
+  Norm ln_out;
+  Matrix head;
+};
+
+enum class Output : int { kLogits, kLast, kHidden };  // of every token, of the last of each sequence, before the head
+
+// The states of all layers: layer after layer, `rows` rows each.
+template <class Pointer>
+struct States {
+  Pointer att_shift, memory, ffn_shift;
+  int64_t rows;
+};
+
+struct ModelIO {
+  const int64_t* tokens;  // (n, T), each below the vocabulary
+  int n, T;
+  States<const void*> in;
+  States<void*> out;
+  Format shift_format;
+  const int64_t *from, *to;  // (n,) rows of the states, or null: 0 .. n - 1
+  Output output;
+  float* y;  // (n, T or 1, vocabulary or D)
+  bool skips;
+};
+
 struct Engine {
   const char* name;
-  size_t (*scratch_floats)(const Block&, int rows, int threads);
-  void (*run_block)(const Block&, const BlockIO&, float* scratch, int threads);
-  // y (rows, outputs) = x (rows, inputs) W; scratch as for a block.
+  size_t (*model_floats)(const Model&, int rows, int threads);  // of scratch
+  void (*run_model)(const Model&, const ModelIO&, int rows_at_once, float* scratch, int threads);
+  // y (rows, outputs) = x (rows, inputs) W
+  size_t (*multiply_floats)(const Matrix&, int threads);
   void (*multiply)(const Matrix&, const float* x, int rows, float* y, float* scratch, int threads);
   void (*normalize)(const Norm&, const float* x, int rows, int width, float* y, int threads);
 };

@@ -23,6 +23,7 @@ inline void with_format(const Array& array, Use&& use) {
     case Format::kFloat32: return use(static_cast<const float*>(array.data));
     case Format::kBFloat16: return use(static_cast<const BFloat16*>(array.data));
     case Format::kFloat16: return use(static_cast<const Half*>(array.data));
+    default: return;  // quantised: see multiply
   }
 }
 
@@ -263,24 +264,4 @@ void multiply_rows(const T* w, int64_t stride, int inputs, const float* x, int r
       }
     }
   }
-}
-
-// These outputs of y (rows, W.outputs) = x (rows, W.inputs) W. ks: of a matrix by input, the `count` inputs of a
-// single row that are not zero; null: look at all. `scratch`: kScratchFloats for each thread.
-constexpr size_t kScratchFloats = std::max(kPackedFloats, kDotFloats);
-
-inline void multiply(const Matrix& W, const float* x, int rows, float* y, Range outputs, float* scratch,
-                     const int* ks = nullptr, int count = 0) {
-  if (outputs.begin == outputs.end) return;
-  with_format(W.weights, [&](auto* w) {
-    if (!W.by_input && rows == 1) {
-      dot_row(w, W.inputs, x, y, outputs);
-    } else if (!W.by_input) {
-      dot_rows(w, W.inputs, x, rows, y, W.outputs, outputs, scratch);
-    } else if (rows == 1) {
-      multiply_row(w, W.outputs, x, ks, ks ? count : W.inputs, y, outputs);
-    } else {
-      multiply_rows(w, W.outputs, W.inputs, x, rows, y, W.outputs, outputs, scratch);
-    }
-  });
 }

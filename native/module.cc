@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -67,6 +68,9 @@ class Parts {
  public:
   explicit Parts(nb::dict parts) : parts_(std::move(parts)) {}
 
+  // "att.key.weight" -> "att.key.scales"
+  static std::string scales_of(const std::string& name) { return name.substr(0, name.rfind('.')) + ".scales"; }
+
   Array array(const char* name) const {
     if (!parts_.contains(name)) return {};
     const auto [address, format, by_input] = nb::cast<Place>(parts_[name]);
@@ -77,7 +81,7 @@ class Parts {
   Matrix matrix(const char* name, int inputs, int outputs, bool is_turned = false) const {
     if (!parts_.contains(name)) return {};
     const bool by_input = std::get<2>(nb::cast<Place>(parts_[name]));
-    return {array(name), inputs, outputs, by_input != is_turned};
+    return {array(name), inputs, outputs, by_input != is_turned, array(scales_of(name).c_str()).data};
   }
 
   int number(const char* name) const { return parts_.contains(name) ? nb::cast<int>(parts_[name]) : 0; }
@@ -146,51 +150,61 @@ Block make_block(nb::dict dict, float norm_eps, float head_eps) {
   return block;
 }
 
-class Runner {
- public:
-  Runner(nb::dict parts, float norm_eps, float head_eps, const std::string& name)
-      : block_(make_block(std::move(parts), norm_eps, head_eps)), engine_(engine(name)) {}
+using Addresses = std::tuple<Address, Address, Address, int64_t>;  // shifts and memories of all layers, their rows
 
-  // n sequences of T tokens each. source (n * T, D) in its format; x (n * T, D) and v_first (n * T, A) float32; shifts
-  // in `format`; memories float32.
-  // slots: the address of n int64 row numbers of the states that are read and of those that are written, or 0.
-  void run(int n, int T, Address source, int source_format, Address x, Address v_first, int format, std::tuple<Address, Address, Address> in,
-           std::tuple<Address, Address, Address> out, Address slots_in, Address slots_out, bool skips, int threads) {
+// A model's weights where they are; Python keeps them alive.
+class CompiledModel {
+ public:
+  // `blocks` and `whole`: named tensors and sizes, see Parts; emb, ln_out and head are in `whole`.
+  CompiledModel(nb::list blocks, nb::dict whole, float norm_eps, float head_eps, const std::string& name)
+      : engine_(engine(name)) {
+    for (nb::handle block : blocks) blocks_.push_back(make_block(nb::cast<nb::dict>(block), norm_eps, head_eps));
+    const Parts parts(std::move(whole));
+    const int D = blocks_.at(0).width, V = parts.number("vocabulary");
+    model_ = {parts.array("emb.weight"), V, static_cast<int>(blocks_.size()), blocks_.data(),
+              parts.norm("ln_out", norm_eps), parts.matrix("head.weight", D, V)};
+  }
+
+  // n sequences of T tokens each: tokens int64 (n, T); y float32, of the size that `output` says. False, and nothing
+  // done, when a token is not below the vocabulary. from, to: int64 (n,) rows of the states, or 0: the n first.
+  bool run(Address tokens, int n, int T, int format, Addresses in, Addresses out, Address from, Address to, int output,
+           Address y, bool skips, int rows_at_once, int threads) {
     nb::gil_scoped_release release;
-    thread_local std::vector<Sequence> sequences;
-    sequences.resize(n);
-    const auto *from = reinterpret_cast<const int64_t*>(slots_in), *to = reinterpret_cast<const int64_t*>(slots_out);
-    for (int i = 0; i < n; ++i) sequences[i] = {i * T, (i + 1) * T, from ? from[i] : i, to ? to[i] : i};
-    const auto array = [&](Address a) { return Array{reinterpret_cast<const void*>(a), static_cast<Format>(format)}; };
-    const auto mutable_array = [&](Address a) {
-      return MutableArray{reinterpret_cast<void*>(a), static_cast<Format>(format)};
-    };
-    const BlockIO io{{n * T, n, sequences.data()},
-                     {reinterpret_cast<const void*>(source), static_cast<Format>(source_format)},
-                     reinterpret_cast<float*>(x),
-                     reinterpret_cast<float*>(v_first),
-                     array(std::get<0>(in)),
-                     array(std::get<2>(in)),
-                     mutable_array(std::get<0>(out)),
-                     mutable_array(std::get<2>(out)),
-                     reinterpret_cast<const float*>(std::get<1>(in)),
-                     reinterpret_cast<float*>(std::get<1>(out)),
+    const auto* ids = reinterpret_cast<const int64_t*>(tokens);
+    for (int64_t i = 0; i < int64_t{n} * T; ++i) {
+      if (ids[i] < 0 || ids[i] >= model_.vocabulary) return false;
+    }
+    const auto pointer = [](Address a) { return reinterpret_cast<void*>(a); };
+    const ModelIO io{ids,
+                     n,
+                     T,
+                     {pointer(std::get<0>(in)), pointer(std::get<1>(in)), pointer(std::get<2>(in)), std::get<3>(in)},
+                     {pointer(std::get<0>(out)), pointer(std::get<1>(out)), pointer(std::get<2>(out)), std::get<3>(out)},
+                     static_cast<Format>(format),
+                     reinterpret_cast<const int64_t*>(from),
+                     reinterpret_cast<const int64_t*>(to),
+                     static_cast<Output>(output),
+                     reinterpret_cast<float*>(y),
                      skips};
-    engine_.run_block(block_, io, scratch(engine_.scratch_floats(block_, n * T, threads)), threads);
+    const int rows = std::max(n, std::min(n * T, rows_at_once));
+    engine_.run_model(model_, io, rows_at_once, scratch(engine_.model_floats(model_, rows, threads)), threads);
+    return true;
   }
 
  private:
-  Block block_;
+  std::vector<Block> blocks_;
+  Model model_;
   const Engine& engine_;
 };
 
-void multiply(const std::string& name, Address weights, int format, int inputs, int outputs, bool by_input, Address x,
-              int rows, Address y, int threads) {
+void multiply(const std::string& name, Address weights, int format, int inputs, int outputs, bool by_input,
+              Address scales, Address x, int rows, Address y, int threads) {
   const Engine& chosen = engine(name);
   nb::gil_scoped_release release;
-  const Matrix W{{reinterpret_cast<const void*>(weights), static_cast<Format>(format)}, inputs, outputs, by_input};
+  const Matrix W{{reinterpret_cast<const void*>(weights), static_cast<Format>(format)}, inputs, outputs, by_input,
+                 reinterpret_cast<const void*>(scales)};
   chosen.multiply(W, reinterpret_cast<const float*>(x), rows, reinterpret_cast<float*>(y),
-                  scratch(chosen.scratch_floats(Block{}, 0, threads)), threads);
+                  scratch(chosen.multiply_floats(W, threads)), threads);
 }
 
 // y = norm(x), (rows, width) float32. Weight and bias in `format`; bias 0: the root mean square alone.
@@ -210,9 +224,9 @@ NB_MODULE(_native, m) {
   m.def("engines", &engines, "What this processor can run, best first.");
   m.def("multiply", &multiply);
   m.def("normalize", &normalize);
-  nb::class_<Runner>(m, "Runner")
-      .def(nb::init<nb::dict, float, float, const std::string&>())
-      .def("run", &Runner::run);
+  nb::class_<CompiledModel>(m, "Model")
+      .def(nb::init<nb::list, nb::dict, float, float, const std::string&>())
+      .def("run", &CompiledModel::run);
 }
 
 }  // namespace wkv

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 import os
 import threading
@@ -16,10 +18,10 @@ from torch import Tensor, nn
 
 import wkv
 from wkv.config import Config, RWKV4Config, RWKV7Config
-from wkv.errors import BackendError
+from wkv.errors import BackendError, InputError, StateError
 from wkv.models import RWKV, build, compiled, rwkv7
 from wkv.ops import native, use_backend
-from wkv.state import State
+from wkv.state import LayerState, State
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no engine: {native.why_not()}")
 
@@ -159,29 +161,85 @@ def test_what_meets_a_zero_is_not_read_and_changes_no_bit(shape: str, dtype: tor
 @torch.no_grad()
 def test_states_are_taken_and_left_by_slot(engine: str, shape: str) -> None:
     model = small_model(SHAPES[shape], dtype=torch.float32)
-    tokens = random_tokens(model, 3, 4)
+    tokens, V = random_tokens(model, 3, 4), model.config.vocab_size
     _, state = native_run(model, random_tokens(model, 3, 5, seed=1))
-    expected = native_run(model, tokens, state)[1].layers[0]
-    found = compiled.compiled_blocks(model)
-    assert not isinstance(found, str)
-    x = model.emb(tokens).contiguous()
-    out = torch.empty_like(x)
-    v_first = torch.full((3, 4, model.config.dim_att), float("nan"))
+    logits, expected = native_run(model, tokens, state)
+    engine_model = compiled.compiled_model(model, state)
+    assert isinstance(engine_model, compiled.CompiledModel)
     source, target = torch.tensor([4, 0, 2]), torch.tensor([1, 3, 0])
-    nan = float("nan")
-    before = [tensor.new_full((5, *tensor.shape[1:]), nan) for tensor in state.layers[0]]
-    after = [tensor.clone() for tensor in before]
-    for pool, tensor in zip(before, state.layers[0], strict=True):
-        pool[source] = tensor
-    found[0]._engine.run(x, out, v_first, tuple(before), tuple(after), slots=(source, target))
-    for pool, tensor in zip(after, expected, strict=True):
-        assert torch.equal(pool[target], tensor)
-        assert pool[[2, 4]].isnan().all()  # the others are left alone
-    in_place = tuple(before)
-    found[0]._engine.run(x, x, v_first, in_place, in_place, slots=(source, source))
-    assert torch.equal(x, out)
-    for pool, tensor in zip(before, expected, strict=True):
-        assert torch.equal(pool[source], tensor)
+    before = [torch.full_like(part[:, :1], float("nan")).repeat_interleave(5, 1) for part in state.stacked()]
+    after = [part.clone() for part in before]
+    for pool, part in zip(before, state.stacked(), strict=True):
+        pool[:, source] = part
+    y = torch.full((3, 4, V), float("nan"))
+    run = engine_model._engine.run
+    assert run(tokens, LayerState(*before), LayerState(*after), "logits", y, slots=(source, target))
+    assert torch.equal(y, logits)
+    for pool, part in zip(after, expected.stacked(), strict=True):
+        assert torch.equal(pool[:, target], part)
+        assert pool[:, [2, 4]].isnan().all()  # the others are left alone
+    assert run(tokens, LayerState(*before), LayerState(*before), "logits", y, slots=(source, source))
+    assert torch.equal(y, logits)
+    for pool, part in zip(before, expected.stacked(), strict=True):
+        assert torch.equal(pool[:, source], part)
+
+
+@pytest.mark.parametrize("shape", ["4", "7"])
+@torch.no_grad()
+def test_every_output_is_a_part_of_the_whole(shape: str) -> None:
+    model = small_model(SHAPES[shape], dtype=torch.float32)
+    for T in (1, 3, 600):
+        tokens = random_tokens(model, 2, T)
+        logits, state = native_run(model, tokens)
+        with use_backend("native"):
+            last, last_state = model(tokens, output="last")
+            hidden, hidden_state = model(tokens, output="hidden")
+        assert torch.equal(last, logits[:, -1:]) and torch.equal(model.head(hidden), logits)
+        assert same(last_state, state) and same(hidden_state, state)
+
+
+@torch.no_grad()
+def test_more_sequences_than_go_through_a_block_together() -> None:
+    model = small_model(config(7, n_layer=1), dtype=torch.float32)
+    tokens = random_tokens(model, 600, 1)
+    logits, state = native_run(model, tokens)
+    for row in (0, 255, 256, 599):
+        alone, own = native_run(model, tokens[row : row + 1])
+        assert torch.equal(alone[0], logits[row]) and same(own, state[row])
+
+
+@torch.no_grad()
+def test_tokens_and_states_that_do_not_fit_are_refused() -> None:
+    model, other = (
+        small_model(SHAPES["7"], dtype=torch.float32),
+        small_model(SHAPES["4"], dtype=torch.float32),
+    )
+    for wrong in ([[61]], [[-1]], [[0, 1, 2**40]]):
+        with pytest.raises(InputError, match="token id"):
+            model(torch.tensor(wrong))
+    with pytest.raises(InputError, match="int64"):
+        model(torch.zeros(1, 1))
+    _, state = native_run(model, random_tokens(model, 2, 3))
+    with pytest.raises(StateError, match="2 rows"):
+        model(torch.tensor([[1]]), state)
+    with pytest.raises(StateError):
+        other(torch.tensor([[1], [1]]), state)
+
+
+@torch.no_grad()
+def test_a_state_outlives_its_model_and_travels() -> None:
+    model = small_model(SHAPES["7"], dtype=torch.float32)
+    tokens = random_tokens(model, 1, 3)
+    _, state = native_run(model, tokens)
+    expected, _ = native_run(model, tokens, state)
+    twin = copy.deepcopy(state)
+    assert twin.made_by is None and same(twin, state)
+    assert torch.equal(native_run(model, tokens, twin)[0], expected)
+    assert torch.equal(native_run(model, tokens, state.clone())[0], expected)
+    compiled._KEPT.clear()
+    gc.collect()
+    assert state.made_by is None  # it kept nothing alive
+    assert torch.equal(native_run(model, tokens, state)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -289,8 +347,6 @@ def test_without_the_extension_torch_does_it_all(monkeypatch: pytest.MonkeyPatch
 
 @torch.no_grad()
 def test_a_models_copy_and_file_do_not_know_of_the_engine(tmp_path: object) -> None:
-    import copy
-
     model = small_model(SHAPES["7"], dtype=torch.float32)
     tokens = random_tokens(model, 1, 3)
     logits, _ = native_run(model, tokens)
@@ -340,8 +396,8 @@ def test_a_process_that_forks_after_a_call_can_call_again() -> None:
 def test_the_session_runs_on_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(SHAPES["7"], dtype=torch.float32)
     calls: list[int] = []
-    run = native.Block.run
-    monkeypatch.setattr(native.Block, "run", lambda self, *a, **k: (calls.append(1), run(self, *a, **k))[1])
+    run = native.Model.run
+    monkeypatch.setattr(native.Model, "run", lambda self, *a, **k: (calls.append(1), run(self, *a, **k))[1])
     session = wkv.Session(model, None)
     session.feed([1, 2, 3])
-    assert len(calls) == model.config.n_layer
+    assert len(calls) == 1

@@ -147,7 +147,6 @@ def test_nothing_of_what_stands_before_a_document_reaches_it_not_even_a_nan(name
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@torch.no_grad()
 def test_without_a_start_inside_a_row_nothing_else_is_computed(name: str) -> None:
     model = small_model(name, dtype=torch.float32)
     tokens, start = random_tokens(model, 3, 40), state_before(small_model(name, dtype=torch.float32), 3)

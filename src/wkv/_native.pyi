@@ -7,7 +7,8 @@ def multiply(
     format: int,
     inputs: int,
     outputs: int,
-    by_input: bool | None,
+    by_input: bool,
+    scales: int,
     x: int,
     rows: int,
     y: int,
@@ -28,24 +29,30 @@ def normalize(
     /,
 ) -> None: ...
 
-class Runner:
+class Model:
     def __init__(
-        self, parts: dict[str, object], norm_eps: float, head_eps: float, engine: str, /
+        self,
+        blocks: list[dict[str, tuple[int, int, bool] | int]],
+        whole: dict[str, tuple[int, int, bool] | int],
+        norm_eps: float,
+        head_eps: float,
+        engine: str,
+        /,
     ) -> None: ...
     def run(
         self,
+        tokens: int,
         n: int,
         T: int,
-        source: int,
-        source_format: int,
-        x: int,
-        v_first: int,
         format: int,
-        before: tuple[int, int, int],
-        after: tuple[int, int, int],
-        slots_in: int,
-        slots_out: int,
+        before: tuple[int, int, int, int],
+        after: tuple[int, int, int, int],
+        slots_before: int,
+        slots_after: int,
+        output: int,
+        y: int,
         skips: bool,
+        rows_at_once: int,
         threads: int,
         /,
-    ) -> None: ...
+    ) -> bool: ...

@@ -19,9 +19,10 @@ Orientation: V x K in the whole library, v5 and v6 included (the official CUDA k
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -42,6 +43,15 @@ class State:
     """The memory of a whole model for a batch of sequences."""
 
     layers: tuple[LayerState, ...]
+
+    @property
+    def made_by(self) -> object:
+        """Who made it and knows that it fits, if anybody."""
+        return None
+
+    def stacked(self) -> LayerState:
+        """The tensors of all layers as one: (layers, B, ...), contiguous."""
+        return LayerState(*map(torch.stack, zip(*self.layers, strict=True)))
 
     @property
     def batch_size(self) -> int:
@@ -100,3 +110,37 @@ class State:
         if wrong or not n_layer:
             raise StateError(f"not the tensors of a state: {sorted(wrong)[:3] or 'none at all'}")
         return cls(tuple(LayerState(*(tensors[name] for name in row)) for row in names))
+
+
+class StackedState(State):
+    """A State whose layers lie in one tensor of each kind, (layers, B, ...): cheap to make and go on from."""
+
+    _whole: LayerState
+    _made_by: Callable[[], object]  # weak: a state does not keep the weights of a model alive
+    _layers: tuple[LayerState, ...] | None
+
+    def __init__(self, whole: LayerState, made_by: object = None) -> None:
+        maker = (lambda: None) if made_by is None else weakref.ref(made_by)
+        for name, value in {"_whole": whole, "_made_by": maker, "_layers": None}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def layers(self) -> tuple[LayerState, ...]:
+        if self._layers is None:
+            layers = tuple(map(LayerState, *(part.unbind() for part in self._whole)))
+            object.__setattr__(self, "_layers", layers)
+        return cast("tuple[LayerState, ...]", self._layers)
+
+    @property
+    def made_by(self) -> object:
+        return self._made_by()
+
+    def stacked(self) -> LayerState:
+        return self._whole
+
+    @property
+    def batch_size(self) -> int:
+        return self._whole.memory.shape[1]
+
+    def __reduce__(self) -> tuple[type[StackedState], tuple[LayerState]]:
+        return StackedState, (self._whole,)

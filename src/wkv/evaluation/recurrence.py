@@ -14,8 +14,12 @@ from ..models import RWKV
 
 @torch.no_grad()
 def parallel_recurrent_difference(model: RWKV, tokens: Tensor) -> float:
-    """The largest |difference| of any logit between reading `tokens` (1, T) at once and one by one."""
-    at_once, _ = model(tokens)
+    """The largest |difference| of any logit between reading `tokens` (1, T) at once and one by one.
+
+    At once as in training; one by one as in generation, where a backend without gradients may do it.
+    """
+    with torch.enable_grad():
+        at_once = model(tokens)[0].detach()
     state, largest = model.initial_state(), 0.0
     for t in range(tokens.shape[1]):
         one, state = model(tokens[:, t : t + 1], state)

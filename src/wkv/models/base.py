@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -29,11 +28,9 @@ from .layers import Embedding, Linear
 from .recipe import orthogonal, uniform
 
 if TYPE_CHECKING:
-    from .compiled import CompiledBlock
+    from .compiled import CompiledModel
 
 Output = Literal["logits", "last", "hidden"]
-
-ROWS_AT_ONCE = 512  # tokens that the compiled engine takes through all blocks together
 
 
 class Block(nn.Module):
@@ -120,6 +117,7 @@ class RWKV(nn.Module):
     def __init__(self, config: Config, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.quantization: str | None = None  # "int8" or "int4": see `quantized.py`
         self.recompute = False  # whether blocks are computed again for the gradients, to save memory
         V, D = config.vocab_size, config.n_embd
         self.emb = Embedding(V, D, init=uniform(self.embedding_bound))
@@ -176,67 +174,62 @@ class RWKV(nn.Module):
         Gradients reach the parameters, and the initial and the final state. InputError for tokens, lengths
         or starts out of range, StateError for a state of another model, batch size, dtype or device.
         """
+        if state is None:
+            state = self.initial_state(len(tokens))
+        compiled = self._compiled(state, padded=lengths is not None or starts is not None)
+        if compiled is not None and (found := self._read_compiled(compiled, tokens, state, output)):
+            return found
         self._check_tokens(tokens, lengths, starts)
         B, T = tokens.shape
-        if state is None:
-            state = self.initial_state(B)
-        else:
-            self.check_state(state, B)
+        self.check_state(state, B)
 
         segments = None if lengths is None and starts is None else Segments.of(starts, lengths)
-        steps = self._compiled_blocks(segments)
-        if steps is None:
-            x, state = self._through(self._blocks(), tokens, state, segments)
-        else:
-            parts = []
-            for part in tokens.split(max(1, ROWS_AT_ONCE // B), dim=1):
-                x, state = self._through(steps, part, state, None)
-                parts.append(x.to(self.dtype))
-            x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        x, v_first = self.emb(tokens), None
+        new_layers = []
+        recompute = self.recompute and torch.is_grad_enabled()
+        for block, layer in zip(self._blocks(), state.layers, strict=True):
+            if recompute:
+                x, v_first, layer = checkpoint(
+                    block, x, v_first, layer, segments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, v_first, layer = block(x, v_first, layer, segments)
+            new_layers.append(layer)
 
         if output == "last" and T > 1:
             last = torch.full((B,), T, device=x.device) if lengths is None else lengths
             x = x[torch.arange(B, device=x.device), last - 1][:, None]
         x = self.ln_out(x)
-        return (x if output == "hidden" else self.head(x)), state
+        return (x if output == "hidden" else self.head(x)), State(tuple(new_layers))
 
-    def _through(
-        self,
-        steps: Sequence[Block | CompiledBlock],
-        tokens: Tensor,
-        state: State,
-        segments: Segments | None,
-    ) -> tuple[Tensor, State]:
-        """The vectors before `ln_out`, and the new State."""
-        x, v_first = self.emb(tokens), None
-        new_layers = []
-        recompute = self.recompute and torch.is_grad_enabled()
-        for step, layer in zip(steps, state.layers, strict=True):
-            if recompute:
-                x, v_first, layer = checkpoint(
-                    step, x, v_first, layer, segments, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x, v_first, layer = step(x, v_first, layer, segments)
-            new_layers.append(layer)
-        return x, State(tuple(new_layers))
+    def _read_compiled(
+        self, compiled: CompiledModel, tokens: Tensor, state: State, output: Output
+    ) -> tuple[Tensor, State] | None:
+        """None for tokens that are not as they should be; nothing was done then."""
+        if tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel():
+            return None
+        if tokens.device.type != "cpu":
+            return None
+        if state.made_by is not compiled or state.batch_size != len(tokens):
+            self.check_state(state, len(tokens))
+        return compiled(tokens, state, output)
 
-    def _compiled_blocks(self, segments: Segments | None) -> list[CompiledBlock] | None:
-        """The blocks in the compiled engine's hands, where it does all that is asked for here."""
+    def _compiled(self, state: State, *, padded: bool) -> CompiledModel | None:
+        """The model in the compiled engine's hands, where it does all that is asked for here."""
         backend = named_backend()
         if backend not in (None, "native"):
             return None
         reason = None
-        if segments is not None:
+        if padded:
             reason = "padding, or sequences that start within a row"
         elif torch.is_grad_enabled():
             reason = "gradients are wanted: torch.inference_mode() says that they are not"
         elif torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             reason = "torch.compile or autocast is at work"
         if reason is None:
-            from .compiled import compiled_blocks  # here: it knows the generations, which know this file
+            from .compiled import compiled_model  # here: it knows the generations, which know this file
 
-            found = compiled_blocks(self)
+            found = compiled_model(self, state)
             if not isinstance(found, str):
                 return found
             reason = found

@@ -1,39 +1,44 @@
-"""Blocks as the compiled engine runs them: one call per block, where no gradient is wanted.
+"""A model as the compiled engine runs it: one call for all of it, where no gradient is wanted.
 
 The equations that it follows are those of `rwkv4.py` and `rwkv7.py`; their `forward` is the reference that it
-is tested against. A block that is anything but one of those, as it is written there, stays with torch.
+is tested against. A model with anything but those blocks, as they are written there, stays with torch.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import Segments, native
-from ..state import LayerState
+from ..ops import native
+from ..ops.native import Parts, Stored
+from ..state import LayerState, StackedState, State
 from . import rwkv4, rwkv7
-from .base import RWKV, Block
-from .layers import NORM_EPS
+from .base import RWKV, Block, Output
+from .layers import NORM_EPS, LayerNorm, Linear, RMSNorm
+from .quantized import QuantizedLinear
 
 LARGEST_HEAD = 256  # kLargestHead of engine.cc
 _KNOWN = {
     rwkv4.RWKV4Block: (rwkv4.TimeMix, rwkv4.ChannelMix),
     rwkv7.RWKV7Block: (rwkv7.TimeMix, rwkv7.ChannelMix),
 }
+_READ_OUT = (Linear, QuantizedLinear), (LayerNorm, RMSNorm)
 
 
-def why_not(block: Block) -> str | None:
-    """The reason why the engine does not run this block, None when it does."""
+def why_not(model: RWKV) -> str | None:
+    """The reason why the engine does not run this model, None when it does."""
     if reason := native.why_not():
         return reason
-    known = _KNOWN.get(type(block))
-    if known is None or (type(block.att), type(block.ffn)) != known:
-        return f"{type(block).__name__} has no compiled form"
-    weights = list(block.parameters())
-    dtype, device = weights[0].dtype, weights[0].device
+    for block in model.blocks:
+        if (type(block.att), type(block.ffn)) != _KNOWN.get(cast("type[Block]", type(block))):
+            return f"{type(block).__name__} has no compiled form"
+    if type(model.head) not in _READ_OUT[0] or type(model.ln_out) not in _READ_OUT[1]:
+        return "its head or its last norm has no compiled form"
+    weights = list(model.parameters())
+    dtype, device = model.dtype, model.device
     if device.type != "cpu":
         return f"the weights are on {device}, not on the CPU"
     if dtype not in native.FORMATS or any(weight.dtype != dtype for weight in weights):
@@ -42,66 +47,83 @@ def why_not(block: Block) -> str | None:
         return "the weights are not plain tensors"
     if any(weight.ndim == 2 and native.lies_by_input(weight) is None for weight in weights):
         return "a matrix has gaps in memory"
-    if getattr(block.ffn.config, "head_size", 1) > LARGEST_HEAD:
+    if getattr(model.config, "head_size", 1) > LARGEST_HEAD:
         return f"heads of more than {LARGEST_HEAD} channels"
     return None
 
 
-class CompiledBlock:
-    """Called like the block that it stands for, as long as `is_current` says that it may be."""
+class CompiledModel:
+    """Reads tokens like the model that it stands for, as long as `is_current` says that it may."""
 
-    def __init__(self, block: Block) -> None:
-        config = block.ffn.config
-        self._modules = list(block.modules())
-        self._places = [(m._parameters, name) for m in self._modules for name in m._parameters]
+    def __init__(self, model: RWKV) -> None:
+        config = model.config
+        self._modules = list(model.modules())
+        self._places: list[tuple[dict[str, Any], str]] = []
+        for module in self._modules:
+            for owner in (module._parameters, module._buffers):
+                self._places += ((owner, name) for name in owner)
         self._addresses = self._now()
-        tensors = {name: weight.detach() for name, weight in block.named_parameters()}
-        sizes = {
+        names = ("n_head", "head_size", "decay_rank", "rate_rank", "value_rank", "gate_rank")
+        sizes: Parts = {
             "generation": config.generation,
             "width": config.n_embd,
             "attention": config.dim_att,
             "hidden": config.dim_ffn,
             "squares": int(config.ffn_activation == "relu2"),
+            **{name: getattr(config, name) for name in names if hasattr(config, name)},
         }
-        names = ("n_head", "head_size", "decay_rank", "rate_rank", "value_rank", "gate_rank")
-        sizes |= {name: getattr(config, name) for name in names if hasattr(config, name)}
+        blocks = [_tensors(block) | sizes for block in model.blocks]
+        whole: Parts = {name: part for name, part in _tensors(model).items() if "blocks." not in name}
+        whole["vocabulary"] = config.vocab_size
         head_eps = getattr(config, "group_norm_eps", 0.0)
-        self._engine = native.Block(tensors, sizes, norm_eps=NORM_EPS, head_eps=head_eps)
-        self._width = config.dim_att
+        self._engine = native.Model(blocks, whole, norm_eps=NORM_EPS, head_eps=head_eps)
+        self.dtype = model.dtype
+        self._rows = config.vocab_size, config.n_embd
 
     def is_current(self) -> bool:
         """Whether the weights are where they were, and nobody has hooked into a layer."""
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self._modules[1:])
         return not hooked and self._addresses == self._now()
 
     def _now(self) -> list[int | None]:
-        weights = (parameters.get(name) for parameters, name in self._places)
+        weights = (owner.get(name) for owner, name in self._places)
         return [None if weight is None else weight.data_ptr() for weight in weights]
 
-    def __call__(
-        self, x: Tensor, v_first: Tensor | None, state: LayerState, segments: Segments | None
-    ) -> tuple[Tensor, Tensor | None, LayerState]:
-        source, x = x.contiguous(), torch.empty(x.shape)
-        if v_first is None:
-            v_first = torch.empty(*x.shape[:2], self._width)
-        before = state.att_shift.contiguous(), state.memory.contiguous(), state.ffn_shift.contiguous()
-        after = LayerState(*(torch.empty_like(tensor) for tensor in before))
-        self._engine.run(source, x, v_first, before, after)
-        return x, v_first, after
+    def __call__(self, tokens: Tensor, state: State, output: Output) -> tuple[Tensor, StackedState] | None:
+        """What `RWKV.forward` returns; None when a token is not in the vocabulary."""
+        B, T = tokens.shape
+        before = state.stacked()
+        after = LayerState(*(torch.empty(part.shape, dtype=part.dtype) for part in before))
+        vocabulary, width = self._rows
+        y = torch.empty(B, 1 if output == "last" else T, width if output == "hidden" else vocabulary)
+        if not self._engine.run(tokens.contiguous(), before, after, output, y):
+            return None
+        return y.to(self.dtype), StackedState(after, self)
 
 
-_KEPT: WeakKeyDictionary[RWKV, list[CompiledBlock]] = WeakKeyDictionary()
+def _tensors(module: nn.Module) -> Parts:
+    """All weights of a module, with the names that they have there."""
+    parts: Parts = {name: Stored.plain(weight.detach()) for name, weight in module.named_parameters()}
+    for name, inside in module.named_modules():
+        if isinstance(inside, QuantizedLinear):
+            parts[f"{name}.weight"] = Stored(inside.weight, native.QUANTIZED[inside.bits], inside.by_input)
+            parts[f"{name}.scales"] = Stored.plain(inside.scales)
+    return parts
 
 
-def compiled_blocks(model: RWKV) -> list[CompiledBlock] | str:
-    """All blocks of the model in the engine's hands, or the reason why one of them cannot be."""
+_KEPT: WeakKeyDictionary[RWKV, CompiledModel] = WeakKeyDictionary()
+
+
+def compiled_model(model: RWKV, state: State) -> CompiledModel | str:
+    """The model in the engine's hands, or the reason why it cannot be.
+
+    Where the weights are is looked up whenever a model begins to read. Not again while it goes on from a
+    state that it has just made: that would cost more than some models' layers.
+    """
     kept = _KEPT.get(model)
-    if kept is not None and all(block.is_current() for block in kept):
+    if kept is not None and (state.made_by is kept or kept.is_current()):
         return kept
-    blocks = cast("list[Block]", list(model.blocks))
-    if reason := next(filter(None, map(why_not, blocks)), None):
+    if reason := why_not(model):
         return reason
-    made = _KEPT[model] = [CompiledBlock(block) for block in blocks]
-    return (
-        made if all(block.is_current() for block in made) else "a layer has a hook, which would not be called"
-    )
+    made = _KEPT[model] = CompiledModel(model)
+    return made if made.is_current() else "a layer has a hook, which would not be called"

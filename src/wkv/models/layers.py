@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int, *, init: Init, muon: bool = True, sparse: bool = False) -> None:
         super().__init__(n_in, n_out, bias=False)
-        self._sparse = sparse
+        self.sparse = sparse
         self.recipes = {"weight": Recipe(init, decay=True, muon=muon)}
         self._lay_out()
 
@@ -46,7 +46,7 @@ class Linear(nn.Linear):
         W = self.weight
         on_cpu = W.device.type in ("cpu", "meta")
         if native.why_not() is None:
-            by_input = on_cpu and self._sparse
+            by_input = on_cpu and self.sparse
         else:
             by_input = on_cpu and W.dtype == torch.float32 and len(W) >= W.shape[1]
         if by_input != W.mT.is_contiguous():

@@ -1,9 +1,9 @@
-"""The compiled engine: whole blocks and matrix products on the CPU, where no gradient is wanted.
+"""The compiled engine: whole models and matrix products on the CPU, where no gradient is wanted.
 
     why_not()             None where it runs, else the reason
     engines()             the instruction sets that this processor has, best first
     product(x, W)         x W^T
-    Block(...)            one block of a model; `wkv.models.compiled` builds them
+    Model(...)            a whole model; `wkv.models.compiled` builds it
 
 Nothing here is needed: without the extension (an installation without a compiler) torch does it all, more
 slowly. Sums are float32 whatever the format of the weights; each row's result is the same, bit for bit,
@@ -13,13 +13,17 @@ whatever shares the call with it, however its tokens are split over calls, and f
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Format of engine.h
+QUANTIZED = {8: 3, 4: 4}  # by bits; the same enum
+GROUP = 64  # kGroup of quantized.h: numbers that share a scale
+ROWS_AT_ONCE = 512  # tokens that go through all blocks together
 MOST_THREADS = 256  # Pool::kMostThreads
 
 
@@ -62,14 +66,25 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     return (
         weight.dtype in FORMATS
         and x.dtype == weight.dtype
-        and weight.device.type == "cpu"
+        and _takes(x, weight)
+        and (weight.ndim < 2 or lies_by_input(weight) is not None)
+    )
+
+
+def takes_quantized(x: Tensor, weight: Tensor) -> bool:
+    """The same for `quantized_product`."""
+    return x.dtype in FORMATS and _takes(x, weight)
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and why_not() is None
-        and (weight.ndim < 2 or lies_by_input(weight) is not None)
     )
 
 
@@ -78,22 +93,36 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # not: sharded, fake, quantised by others
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., in) times W [out, in]: (..., out), in the format of both. `takes` says when."""
-    outputs, inputs = weight.shape
+    return _product(x, weight, FORMATS[weight.dtype], len(weight), lies_by_input(weight) is True, None)
+
+
+def quantized_product(
+    x: Tensor, weight: Tensor, scales: Tensor, bits: int, outputs: int, by_input: bool
+) -> Tensor:
+    """The same with W in 8 or 4 bits, as `wkv.models.quantized` stores it; in the format of x."""
+    return _product(x, weight, QUANTIZED[bits], outputs, by_input, scales)
+
+
+def _product(
+    x: Tensor, weight: Tensor, form: int, outputs: int, by_input: bool, scales: Tensor | None
+) -> Tensor:
+    inputs = x.shape[-1]
     rows = x.reshape(-1, inputs).to(torch.float32).contiguous()
     y = torch.empty(len(rows), outputs)
     _engine().multiply(
         engines()[0],
         weight.data_ptr(),
-        FORMATS[weight.dtype],
+        form,
         inputs,
         outputs,
-        lies_by_input(weight),
+        by_input,
+        0 if scales is None else scales.data_ptr(),
         rows.data_ptr(),
         len(rows),
         y.data_ptr(),
         threads(),
     )
-    return y.view(*x.shape[:-1], outputs).to(weight.dtype)
+    return y.view(*x.shape[:-1], outputs).to(x.dtype)
 
 
 def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -115,65 +144,77 @@ def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return y.view(x.shape).to(weight.dtype)
 
 
-class Block:
-    """One block in the engine's hands: where its weights are, and the call that runs it.
+class Stored(NamedTuple):
+    """A tensor as the engine reads it."""
+
+    tensor: Tensor
+    form: int  # of FORMATS or QUANTIZED
+    by_input: bool = False  # of a matrix
+
+    @classmethod
+    def plain(cls, tensor: Tensor) -> Stored:
+        return cls(tensor, FORMATS[tensor.dtype], tensor.ndim == 2 and lies_by_input(tensor) is True)
+
+
+Parts = dict[str, Stored | int]  # named tensors, and sizes
+
+OUTPUTS = {"logits": 0, "last": 1, "hidden": 2}  # enum Output of engine.h
+
+
+class Model:
+    """A model in the engine's hands: where its weights are, and the call that runs it.
 
     The tensors are kept alive, not copied: what happens to them in place is seen.
     """
 
-    def __init__(
-        self,
-        tensors: dict[str, Tensor],
-        sizes: dict[str, int],
-        *,
-        norm_eps: float,
-        head_eps: float,
-        engine: str | None = None,
-    ) -> None:
-        self._tensors = tensors
-        parts: dict[str, Any] = dict(sizes)
-        for name, tensor in tensors.items():
-            by_input = tensor.ndim == 2 and lies_by_input(tensor) is True
-            parts[name] = (tensor.data_ptr(), FORMATS[tensor.dtype], by_input)
-        self._runner = _engine().Runner(parts, norm_eps, head_eps, engine or engines()[0])
+    def __init__(self, blocks: Sequence[Parts], whole: Parts, *, norm_eps: float, head_eps: float) -> None:
+        self._kept = [*blocks, whole]
+        parts = [{name: _place(part) for name, part in block.items()} for block in self._kept]
+        self._model = _engine().Model(parts[:-1], parts[-1], norm_eps, head_eps, engines()[0])
 
     def run(
         self,
-        source: Tensor,
-        x: Tensor,
-        v_first: Tensor | None,
+        tokens: Tensor,
         before: tuple[Tensor, Tensor, Tensor],
         after: tuple[Tensor, Tensor, Tensor],
+        output: str,
+        y: Tensor,
         *,
         slots: tuple[Tensor, Tensor] | None = None,
         skips: bool = True,
-        n_threads: int | None = None,
-    ) -> None:
-        """Take `source` (B, T, D) through the block to x (B, T, D).
+    ) -> bool:
+        """Read tokens; False, and nothing is done, when one of them is not in the vocabulary.
 
-        source   contiguous, in any format
-        x        float32, contiguous; it may be `source` itself
-        v_first  (B, T, A) float32: written by layer 0 of generation 7, read by its others; else None
-        before   the states: att_shift (S, D), memory (S, ...) float32, ffn_shift (S, D), contiguous
-        after    where the new ones go; it may be the same
-        slots    int64 (B,) each: the rows of `before` and of `after`; without it, 0 to B - 1
-        skips    leave rows of ffn.value unread that meet a zero, where it lies so that they can be
+        tokens  (B, T) int64
+        before  the states: att_shift (L, S, D), memory (L, S, ...) float32, ffn_shift (L, S, D)
+        after   where the new ones go; it may be the same
+        output  "logits", "last" or "hidden"
+        y       float32 (B, T, V), (B, 1, V) or (B, T, D)
+        slots   int64 (B,) each: the rows s of `before` and of `after`; without it, 0 to B - 1
+        skips   leave rows of ffn.value unread that meet a zero, where it lies so that they can be
+
+        All contiguous.
         """
-        self._runner.run(
-            x.shape[0],
-            x.shape[1],
-            source.data_ptr(),
-            FORMATS[source.dtype],
-            x.data_ptr(),
-            0 if v_first is None else v_first.data_ptr(),
-            FORMATS[before[0].dtype],
-            (before[0].data_ptr(), before[1].data_ptr(), before[2].data_ptr()),
-            (after[0].data_ptr(), after[1].data_ptr(), after[2].data_ptr()),
-            0 if slots is None else slots[0].data_ptr(),
-            0 if slots is None else slots[1].data_ptr(),
-            skips,
-            threads() if n_threads is None else n_threads,
+        return bool(
+            self._model.run(
+                tokens.data_ptr(),
+                *tokens.shape,
+                FORMATS[before[0].dtype],
+                (*map(Tensor.data_ptr, before), before[0].shape[1]),
+                (*map(Tensor.data_ptr, after), after[0].shape[1]),
+                0 if slots is None else slots[0].data_ptr(),
+                0 if slots is None else slots[1].data_ptr(),
+                OUTPUTS[output],
+                y.data_ptr(),
+                skips,
+                ROWS_AT_ONCE,
+                threads(),
+            )
         )
+
+
+def _place(part: Stored | int) -> tuple[int, int, bool] | int:
+    return part if isinstance(part, int) else (part.tensor.data_ptr(), part.form, part.by_input)
 
 
 def _engine() -> ModuleType:

@@ -1,0 +1,29 @@
+// One product for every kind of matrix. Included once per instruction set, inside that set's namespace.
+
+// Outputs that stay with one thread.
+inline int grain(const Matrix& W) { return W.scales ? kGroup : kGrain; }
+
+// What a thread needs to multiply by matrices of up to so many inputs, in floats.
+inline int64_t thread_floats(int inputs) {
+  return static_cast<int64_t>(std::max({kPackedFloats, kDotFloats, quantized_floats(inputs)}) + 15) / 16 * 16;
+}
+
+// These outputs of y (rows, W.outputs) = x (rows, W.inputs) W; `scratch` holds thread_floats. ks: of a matrix by
+// input, the `count` inputs of a single row that are not zero; null: look at all. (Quantised ones look themselves.)
+inline void multiply(const Matrix& W, const float* x, int rows, float* y, Range outputs, float* scratch,
+                     const int* ks = nullptr, int count = 0) {
+  if (outputs.begin == outputs.end) return;
+  if (W.weights.format == Format::kInt8) return multiply_quantized<Bits8>(W, x, rows, y, outputs, scratch);
+  if (W.weights.format == Format::kInt4) return multiply_quantized<Bits4>(W, x, rows, y, outputs, scratch);
+  with_format(W.weights, [&](auto* w) {
+    if (!W.by_input && rows == 1) {
+      dot_row(w, W.inputs, x, y, outputs);
+    } else if (!W.by_input) {
+      dot_rows(w, W.inputs, x, rows, y, W.outputs, outputs, scratch);
+    } else if (rows == 1) {
+      multiply_row(w, W.outputs, x, ks, ks ? count : W.inputs, y, outputs);
+    } else {
+      multiply_rows(w, W.outputs, W.inputs, x, rows, y, W.outputs, outputs, scratch);
+    }
+  });
+}

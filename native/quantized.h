@@ -1,0 +1,295 @@
+// Products with weights of 8 or 4 bits. A group of 64 inputs shares a scale (bfloat16) for each output; x is rounded
+// to 16-bit integers, 65 535 steps over its range, so that all that is lost is in the weights. Sums within a group
+// are integers, hence exact in any order; groups follow each other in order. Included once per instruction set.
+//
+//     by output   (outputs, groups, 64): 64 bytes, or 32 whose low halves are the first 32 inputs of the group
+//     by input    (inputs, outputs rounded up to 64): 64 bytes, or 32 whose low halves are the first 32 outputs
+//
+// A number of 4 bits is stored with 8 added to it.
+
+typedef int16_t s16 __attribute__((vector_size(32)));  // sixteen of them
+typedef int16_t s16_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t s8_half __attribute__((vector_size(16)));
+typedef int8_t s8_half_unaligned __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint8_t u8_half __attribute__((vector_size(16)));
+typedef uint8_t u8_half_unaligned __attribute__((vector_size(16), aligned(1), may_alias));
+
+constexpr int kGroup = 64;
+constexpr int kQuarter = 16;         // a group is four vectors
+constexpr int kQuantizedRows = 32;   // rows of x that are rounded at a time
+constexpr float kLargest = 32767.0f;
+
+inline s16 load(const int16_t* p) { return *reinterpret_cast<const s16_unaligned*>(p); }
+inline void store(int16_t* p, s16 x) { *reinterpret_cast<s16_unaligned*>(p) = x; }
+
+inline s16 widen(s8_half x) {
+#if defined(__AVX2__)
+  return reinterpret_cast<s16>(_mm256_cvtepi8_epi16(reinterpret_cast<__m128i>(x)));
+#else
+  return __builtin_convertvector(x, s16);
+#endif
+}
+
+// a[2i] b[2i] + a[2i + 1] b[2i + 1]
+inline i8 multiply_pairs(s16 a, s16 b) {
+#if defined(__AVX2__)
+  return reinterpret_cast<i8>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  i8 sums;
+  for (int i = 0; i < kLanes; ++i) sums[i] = int32_t{a[2 * i]} * b[2 * i] + int32_t{a[2 * i + 1]} * b[2 * i + 1];
+  return sums;
+#endif
+}
+
+// The pairs (a[i], b[i]): first of 0 .. 7, then of 8 .. 15.
+inline void interleave(s16 a, s16 b, s16& left, s16& right) {
+#if defined(__AVX2__)
+  const __m256i x = reinterpret_cast<__m256i>(a), y = reinterpret_cast<__m256i>(b);
+  const __m256i low = _mm256_unpacklo_epi16(x, y), high = _mm256_unpackhi_epi16(x, y);
+  left = reinterpret_cast<s16>(_mm256_permute2x128_si256(low, high, 0x20));
+  right = reinterpret_cast<s16>(_mm256_permute2x128_si256(low, high, 0x31));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    left[2 * i] = a[i], left[2 * i + 1] = b[i];
+    right[2 * i] = a[i + kLanes], right[2 * i + 1] = b[i + kLanes];
+  }
+#endif
+}
+
+inline s16 widen(u8_half x) {
+#if defined(__AVX2__)
+  return reinterpret_cast<s16>(_mm256_cvtepu8_epi16(reinterpret_cast<__m128i>(x)));
+#else
+  return __builtin_convertvector(x, s16);
+#endif
+}
+
+// What is stored is the number plus kOffset.
+struct Bits8 {
+  static constexpr int kBytes = kGroup, kOffset = 0;
+  static void unpack(const uint8_t* from, s16 (&to)[4]) {
+    for (int q = 0; q < 4; ++q) to[q] = widen(*reinterpret_cast<const s8_half_unaligned*>(from + q * kQuarter));
+  }
+};
+
+struct Bits4 {
+  static constexpr int kBytes = kGroup / 2, kOffset = 8;
+  static void unpack(const uint8_t* from, s16 (&to)[4]) {
+    for (int q = 0; q < 2; ++q) {
+      const u8_half both = *reinterpret_cast<const u8_half_unaligned*>(from + q * kQuarter);
+      to[q] = widen(both & 15);
+      to[q + 2] = widen(both >> 4);
+    }
+  }
+};
+
+// Row by row to[i] = x[i] / scale, rounded; the returned scale gives x back. Zeros follow up to whole groups.
+inline float round_row(const float* x, int n, int16_t* to) {
+  f8 largest{};
+  for_eights(0, n, [&](int i, auto count) {
+    const f8 y = load(x + i, count);
+    largest = max(largest, max(y, -y));
+  });
+  float most = 0;
+  for (int i = 0; i < kLanes; ++i) most = std::max(most, largest[i]);
+  const float times = most > 0 ? kLargest / most : 0;
+  const f8 magic = f8{} + 0x1.8p23f;  // adding it rounds to an integer
+  for_eights(0, n, [&](int i, auto count) {
+    const f8 y = (load(x + i, count) * times + magic) - magic;
+    const i8 whole = __builtin_convertvector(y, i8);
+    for (int j = 0; j < count; ++j) to[i + j] = static_cast<int16_t>(whole[j]);
+  });
+  for (int i = n; i % kGroup; ++i) to[i] = 0;
+  return most / kLargest;
+}
+
+inline int groups(int n) { return (n + kGroup - 1) / kGroup; }
+
+// What a thread needs to multiply by a matrix of that many inputs, in floats.
+inline size_t quantized_floats(int inputs) {
+  const size_t whole = size_t{kGroup} * groups(inputs);
+  return kQuantizedRows * (whole / 2 + 1) + 2 * whole / 2 + 4 * whole + 4 * 16;
+}
+
+// --- by output ----------------------------------------------------------------------------------------------
+
+template <class Bits>
+inline i8 dot_group(const uint8_t* from, const int16_t* x) {
+  s16 w[4];
+  Bits::unpack(from, w);
+  const i8 left = multiply_pairs(w[0], load(x)) + multiply_pairs(w[1], load(x + kQuarter));
+  const i8 right = multiply_pairs(w[2], load(x + 2 * kQuarter)) + multiply_pairs(w[3], load(x + 3 * kQuarter));
+  return left + right;
+}
+
+constexpr int kAhead = 1536;  // bytes between what is multiplied and what is asked for
+
+template <class Bits>
+void quantized_dot_row(const Matrix& W, const int16_t* x, float scale, float* y, Range outputs, float* scales,
+                       int32_t* excess) {
+  const int n = groups(W.inputs);
+  for (int g = 0; g < n && Bits::kOffset != 0; ++g) {  // what the offset adds to each group
+    const s16 offset = s16{} + Bits::kOffset;
+    i8 sums{};
+    for (int q = 0; q < 4; ++q) sums += multiply_pairs(offset, load(x + g * kGroup + q * kQuarter));
+    store(reinterpret_cast<float*>(excess + g * kLanes), reinterpret_cast<f8>(sums));
+  }
+  const auto* weights = static_cast<const uint8_t*>(W.weights.data);
+  const auto* short_scales = static_cast<const BFloat16*>(W.scales);
+  for (int o = outputs.begin; o < outputs.end; ++o) {
+    const uint8_t* from = weights + int64_t{o} * n * Bits::kBytes;
+    for_eights(0, n, [&](int g, auto count) { store(scales + g, load(short_scales + int64_t{o} * n + g, count), count); });
+    f8 total{};
+    for (int g = 0; g < n; ++g) {
+      const uint8_t* group = from + int64_t{g} * Bits::kBytes;
+      __builtin_prefetch(group + kAhead);
+      i8 whole = dot_group<Bits>(group, x + g * kGroup);
+      if constexpr (Bits::kOffset != 0) whole -= reinterpret_cast<i8>(load(reinterpret_cast<float*>(excess + g * kLanes)));
+      total += __builtin_convertvector(whole, f8) * scales[g];
+    }
+    y[o] = sum(total) * scale;
+  }
+}
+
+template <int R, int O>
+void quantized_tile(const int16_t* x, int64_t ldx, const int16_t* w, int64_t ldw, int n_groups, const float* scales,
+                    int64_t ld_scales, const float* row_scales, float* y, int64_t ldy) {
+  f8 total[R][O] = {};
+  for (int g = 0; g < n_groups; ++g) {
+    i8 whole[R][O] = {};
+    for (int q = 0; q < 4; ++q) {
+      const int k = g * kGroup + q * kQuarter;
+      s16 weights[O];
+      for (int o = 0; o < O; ++o) weights[o] = load(w + o * ldw + k);
+      for (int r = 0; r < R; ++r) {
+        const s16 input = load(x + r * ldx + k);
+        for (int o = 0; o < O; ++o) whole[r][o] += multiply_pairs(weights[o], input);
+      }
+    }
+    for (int o = 0; o < O; ++o) {
+      for (int r = 0; r < R; ++r) total[r][o] += __builtin_convertvector(whole[r][o], f8) * scales[o * ld_scales + g];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int o = 0; o < O; ++o) y[r * ldy + o] = sum(total[r][o]) * row_scales[r];
+  }
+}
+
+template <class Bits>
+void quantized_dot_rows(const Matrix& W, const int16_t* x, int rows, const float* row_scales, float* y, Range outputs,
+                        int16_t* wide, float* scales) {
+  constexpr int R = 3, O = 2;
+  const int n = groups(W.inputs), depth = n * kGroup;
+  const auto* weights = static_cast<const uint8_t*>(W.weights.data);
+  const auto* short_scales = static_cast<const BFloat16*>(W.scales);
+  for (int begin = outputs.begin; begin < outputs.end; begin += O) {
+    const int some = std::min(O, outputs.end - begin);
+    for (int o = 0; o < some; ++o) {
+      const int64_t at = int64_t{begin + o} * n;
+      for (int g = 0; g < n; ++g) {
+        s16 w[4];
+        Bits::unpack(weights + (at + g) * Bits::kBytes, w);
+        for (int q = 0; q < 4; ++q) store(wide + o * depth + g * kGroup + q * kQuarter, w[q] - Bits::kOffset);
+      }
+      for_eights(0, n, [&](int g, auto count) { store(scales + o * depth + g, load(short_scales + at + g, count), count); });
+    }
+    const auto tile = [&](auto R_, auto O_, int row) {
+      quantized_tile<R_, O_>(x + int64_t{row} * depth, depth, wide, depth, n, scales, depth, row_scales + row,
+                             y + int64_t{row} * W.outputs + begin, W.outputs);
+    };
+    using One = std::integral_constant<int, 1>;
+    int row = 0;
+    for (; row + R <= rows; row += R) {
+      some == O ? tile(std::integral_constant<int, R>{}, std::integral_constant<int, O>{}, row)
+                : tile(std::integral_constant<int, R>{}, One{}, row);
+    }
+    for (; row < rows; ++row) some == O ? tile(One{}, std::integral_constant<int, O>{}, row) : tile(One{}, One{}, row);
+  }
+}
+
+// --- by input -----------------------------------------------------------------------------------------------
+
+// For one row of x: the outputs of a strip of 64, group after group, of the inputs that are not zero alone.
+template <class Bits>
+void quantized_strips(const Matrix& W, const int16_t* x, float scale, float* y, Range outputs, int* active) {
+  const int n = groups(W.inputs), strips = groups(W.outputs);
+  const auto* weights = static_cast<const uint8_t*>(W.weights.data);
+  const auto* short_scales = static_cast<const BFloat16*>(W.scales);
+  const int64_t stride = int64_t{strips} * Bits::kBytes;
+  const int first = outputs.begin / kGroup, end = groups(outputs.end);
+  std::fill(y + outputs.begin, y + outputs.end, 0.0f);
+  const auto find = [&](int g, int* found) {
+    int count = 0;
+    for (int k = g * kGroup; k < std::min(W.inputs, (g + 1) * kGroup); ++k) {
+      found[count] = k;
+      count += x[k] != 0;
+    }
+    for (int i = 0; i < count; ++i) {  // they will be wanted soon
+      const uint8_t* row = weights + found[i] * stride;
+      for (int64_t byte = first * Bits::kBytes; byte < end * Bits::kBytes; byte += 64) __builtin_prefetch(row + byte);
+    }
+    return count;
+  };
+  int *now = active, *next = active + kGroup;
+  int count = find(0, now);
+  for (int g = 0; g < n; ++g) {
+    const int next_count = g + 1 < n ? find(g + 1, next) : 0;
+    for (int strip = first; strip < end && count > 0; ++strip) {
+      i8 whole[8] = {};
+      for (int i = 0; i < count; i += 2) {
+        const bool is_pair = i + 1 < count;
+        s16 a[4], b[4] = {};
+        Bits::unpack(weights + now[i] * stride + strip * Bits::kBytes, a);
+        if (is_pair) Bits::unpack(weights + now[i + 1] * stride + strip * Bits::kBytes, b);
+        const auto pair = static_cast<uint16_t>(x[now[i]]) |
+                          static_cast<uint32_t>(static_cast<uint16_t>(is_pair ? x[now[i + 1]] : 0)) << 16;
+        const s16 times = reinterpret_cast<s16>(u8{} + pair);
+        for (int q = 0; q < 4; ++q) {
+          s16 left, right;
+          interleave(a[q] - Bits::kOffset, b[q] - Bits::kOffset, left, right);
+          whole[2 * q] += multiply_pairs(left, times);
+          whole[2 * q + 1] += multiply_pairs(right, times);
+        }
+      }
+      const int begin = strip * kGroup, stop = std::min(outputs.end, begin + kGroup);
+      for (int i = 0; i < 8; ++i) {
+        const int o = begin + i * kLanes;
+        for_eights(o, std::clamp(stop, o, o + kLanes), [&](int at, auto some) {
+          const f8 scaled = load(short_scales + int64_t{g} * W.outputs + at, some);
+          store(y + at, load(y + at, some) + __builtin_convertvector(whole[i], f8) * scaled, some);
+        });
+      }
+    }
+    std::swap(now, next);
+    count = next_count;
+  }
+  for_eights(outputs.begin, outputs.end, [&](int i, auto some) { store(y + i, load(y + i, some) * scale, some); });
+}
+
+// --- both ---------------------------------------------------------------------------------------------------
+
+template <class Bits>
+void multiply_quantized(const Matrix& W, const float* x, int rows, float* y, Range outputs, float* scratch) {
+  const int whole = groups(W.inputs) * kGroup;
+  float* row_scales = scratch;
+  float* scales = row_scales + kQuantizedRows;
+  auto* rounded = reinterpret_cast<int16_t*>(scales + 2 * whole);
+  int16_t* wide = rounded + int64_t{kQuantizedRows} * whole;
+  for (int begin = 0; begin < rows; begin += kQuantizedRows) {
+    const int some = std::min(kQuantizedRows, rows - begin);
+    for (int r = 0; r < some; ++r) {
+      row_scales[r] = round_row(x + int64_t{begin + r} * W.inputs, W.inputs, rounded + int64_t{r} * whole);
+    }
+    float* to = y + int64_t{begin} * W.outputs;
+    if (W.by_input) {
+      int active[2 * kGroup + 1];
+      for (int r = 0; r < some; ++r) {
+        quantized_strips<Bits>(W, rounded + int64_t{r} * whole, row_scales[r], to + int64_t{r} * W.outputs, outputs, active);
+      }
+    } else if (some == 1) {
+      quantized_dot_row<Bits>(W, rounded, row_scales[0], to, outputs, scales, reinterpret_cast<int32_t*>(wide));
+    } else {
+      quantized_dot_rows<Bits>(W, rounded, some, row_scales, to, outputs, wide, scales);
+    }
+  }
+}

@@ -1,0 +1,168 @@
+"""Matrices of 8 or 4 bits, for inference: a group of 64 inputs shares a scale for each output.
+
+    quantize(model, "int8")        in place: the matrices of the time and channel mixes, and the head
+    QuantizedLinear                what stands where a Linear stood
+
+Everything else (embedding, norms, mixes, low-rank paths) keeps its format: it is a small part, or read one
+row at a time. In the tier "int4" the head keeps 8 bits: it is what the probabilities come from directly.
+
+A matrix W [out, in] is stored as `weight` (uint8: the bytes, see native/quantized.h) and `scales` (bfloat16),
+rounded to the nearest: |W - stored| <= scale / 2, where scale = max |W| of the group / 127, with 4 bits / 7.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..ops import native
+from .base import RWKV
+from .layers import Linear
+
+Tier = Literal["int8", "int4"]
+TIERS: tuple[Tier, ...] = ("int8", "int4")
+GROUP = native.GROUP
+_LARGEST = {8: 127, 4: 7}
+
+
+class QuantizedLinear(nn.Module):
+    """`W x` with W [out, in] in 8 or 4 bits. No gradients.
+
+    weight  uint8, by output (out, groups of inputs x bytes) or, where x is mostly zero, by input (in, groups
+            of outputs x bytes): 64 bytes, or 32 that hold a number and, 4 bits up, the one 32 further on
+    scales  bfloat16, (out, groups) or, by input, (groups, out)
+    """
+
+    weight: Tensor
+    scales: Tensor
+
+    def __init__(self, n_in: int, n_out: int, bits: int, *, by_input: bool) -> None:
+        super().__init__()
+        self.n_in, self.n_out, self.bits, self.by_input = n_in, n_out, bits, by_input
+        rows, columns = (n_in, n_out) if by_input else (n_out, n_in)
+        self.register_buffer(
+            "weight", torch.empty(rows, _groups(columns) * GROUP * bits // 8, dtype=torch.uint8)
+        )
+        groups = _groups(n_in)
+        shape = (groups, n_out) if by_input else (n_out, groups)
+        self.register_buffer("scales", torch.empty(shape, dtype=torch.bfloat16))
+
+    def _apply(self, fn: object, recurse: bool = True) -> QuantizedLinear:
+        """Move with the model, whatever format the rest of it is given."""
+        for name, buffer in list(self._buffers.items()):
+            assert buffer is not None
+            moved = fn(buffer)  # type: ignore[operator]
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    @torch.no_grad()
+    def store(self, weight: Tensor) -> None:
+        """Round W [out, in], a few rows at a time, into the buffers."""
+        for start in range(0, self.n_out, 4096):
+            numbers, scales = _rounded(weight[start : start + 4096].float(), self.bits)
+            stop = start + len(numbers)
+            if self.by_input:
+                self.scales[:, start:stop] = scales.mT
+                self._put(numbers.mT, slice(None), start)
+            else:
+                self.scales[start:stop] = scales
+                self._put(numbers, slice(start, stop), 0)
+
+    def _put(self, numbers: Tensor, rows: slice, column: int) -> None:
+        packed = _packed(numbers, self.bits)
+        begin = column * self.bits // 8
+        self.weight[rows, begin : begin + packed.shape[1]] = packed
+
+    def dequantized(self) -> Tensor:
+        """W [out, in] as float32."""
+        numbers = _unpacked(self.weight, self.bits).float()
+        if self.by_input:
+            scales = self.scales.float().repeat_interleave(GROUP, dim=0)[: self.n_in]
+            return (numbers[:, : self.n_out] * scales).mT
+        return numbers[:, : self.n_in] * self.scales.float().repeat_interleave(GROUP, dim=1)[:, : self.n_in]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the format of x."""
+        if native.takes_quantized(x, self.weight):
+            return native.quantized_product(x, self.weight, self.scales, self.bits, self.n_out, self.by_input)
+        return F.linear(x, self.dequantized().to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.n_in}, out_features={self.n_out}, bits={self.bits}"
+
+
+def quantize(model: RWKV, tier: Tier) -> RWKV:
+    """Give the model's matrices 8 or 4 bits, one after the other, in place; returns the model.
+
+    ConfigError for another tier, and for a model that is quantised already.
+    """
+    for name, linear in quantized_places(model, tier):
+        made = empty_like(name, linear, tier)
+        made = made.to_empty(device=linear.weight.device)
+        made.store(linear.weight)
+        put(model, name, made)
+    model.quantization = tier
+    return model
+
+
+def quantized_places(model: RWKV, tier: str) -> list[tuple[str, Linear]]:
+    """The matrices that a tier makes smaller."""
+    if tier not in TIERS:
+        raise ConfigError(f"there is no tier {tier!r}", f"one of {', '.join(TIERS)}")
+    if model.quantization is not None:
+        raise ConfigError(
+            f"the model is {model.quantization} already", "weights in full", "its original file"
+        )
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+
+
+def empty_like(name: str, linear: Linear, tier: str) -> QuantizedLinear:
+    """The module for this matrix, on the meta device."""
+    bits = 8 if tier == "int8" or name == "head" else 4
+    with torch.device("meta"):
+        return QuantizedLinear(linear.in_features, linear.out_features, bits, by_input=linear.sparse)
+
+
+def put(model: RWKV, name: str, module: nn.Module) -> None:
+    """In the place of the module of that name."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _groups(n: int) -> int:
+    return -(-n // GROUP)
+
+
+def _rounded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """W [out, in] float32 as whole numbers (out, in) int8 and scales (out, groups) bfloat16."""
+    n_out, n_in = weight.shape
+    groups = F.pad(weight, (0, _groups(n_in) * GROUP - n_in)).view(n_out, -1, GROUP)
+    exact = groups.abs().amax(dim=2) / _LARGEST[bits]
+    scales = exact.to(torch.bfloat16)
+    scales = torch.where(
+        scales.float() < exact, torch.nextafter(scales, scales.new_tensor(torch.inf)), scales
+    )
+    numbers = torch.round(groups / scales.float().clamp_min(1e-38)[:, :, None])
+    return numbers.to(torch.int8).view(n_out, -1)[:, :n_in], scales
+
+
+def _packed(numbers: Tensor, bits: int) -> Tensor:
+    """(rows, n) int8 as bytes (rows, groups x 64 or x 32); what is missing in the last group is zero."""
+    rows, n = numbers.shape
+    groups = F.pad(numbers, (0, _groups(n) * GROUP - n)).view(rows, -1, GROUP)
+    if bits == 8:
+        return groups.reshape(rows, -1).view(torch.uint8)
+    halves = (groups + 8).view(torch.uint8).view(rows, -1, 2, GROUP // 2)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, -1)
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """The inverse, with whole groups: int8."""
+    if bits == 8:
+        return packed.view(torch.int8)
+    groups = packed.view(len(packed), -1, GROUP // 2)
+    return torch.cat((groups & 15, groups >> 4), dim=2).view(torch.int8).view(len(packed), -1) - 8
