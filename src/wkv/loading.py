@@ -34,6 +34,9 @@ from .checkpoints import (
 from .config import Config
 from .errors import CheckpointError
 from .models import RWKV, build
+from .models.quantized import QuantizedLinear
+from .models.quantized import quantize as to_bits
+from .models.quantized import stored as in_bits
 from .pretrained import MODEL
 from .tokenizers import Tokenizer
 
@@ -46,6 +49,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     tokenizer: Tokenizer | str | PathLike[str] | None = None,
+    quantize: str | None = None,
     verify: bool = True,
 ) -> tuple[RWKV, Tokenizer | None]:
     """The model in a file, in eval mode, and its tokenizer.
@@ -55,6 +59,8 @@ def load(
     dtype      of the weights; None keeps the file's (in a mixed file, the one of most of its numbers)
     tokenizer  a Tokenizer, a name ("world", "bytes") or the path of a tokenizer.json; None looks for a
                file beside the checkpoint, then goes by the vocabulary size, and may find none (None)
+    quantize   "int8" or "int4": the matrices get 8 or 4 bits, for inference, one after the other. A file that
+               has been quantised needs no word, and its original is not looked for
     verify     compare every tensor with the checksum in the file, and refuse values that are not finite
 
     Memory grows by the weights in their target dtype, and little more. CheckpointError, CorruptFileError
@@ -64,19 +70,40 @@ def load(
     with open_checkpoint(path) as checkpoint:
         dtype = dtype or _prevailing_dtype(checkpoint)
         model = build(checkpoint.config, device="meta", dtype=dtype)
+        if checkpoint.quantization is not None:
+            to_bits(model, checkpoint.quantization)
         blank = model.state_dict()  # on the meta device: shapes, dtype and memory layout, no memory
         shapes = {name: tuple(weight.shape) for name, weight in blank.items()}
+        if quantize is not None and checkpoint.quantization is None:
+            to_bits(model, quantize)
+        elif quantize != checkpoint.quantization and quantize is not None:
+            raise CheckpointError(
+                f"{path} is in {checkpoint.quantization}, not in {quantize}",
+                "weights in full",
+                "its original file",
+            )
         with naming(path):
             _check_names(checkpoint.config, expected=shapes, found=checkpoint.shapes)
         tokenizer = _tokenizer(tokenizer, path, checkpoint.config.vocab_size)
-        weights = {}
+        weights: dict[str, Tensor] = {}
         for name in checkpoint.names:
             stored = checkpoint.read(name, verify=verify)
             if verify:
                 with naming(path):
                     _check_values(name, stored, dtype)
-            weights[name] = torch.empty_like(blank[name], device=device)
-            weights[name].copy_(stored.reshape(shapes[name]))
+            stored = stored.reshape(shapes[name])
+            place = name.rpartition(".")[0]
+            module = model.get_submodule(place)
+            if isinstance(module, QuantizedLinear) and checkpoint.quantization is None:
+                buffers = in_bits(module, stored.to(device))
+                weights |= {f"{place}.{kind}": buffer for kind, buffer in buffers.items()}
+            elif (stored.dtype == torch.uint8) != (blank[name].dtype == torch.uint8):
+                raise CheckpointError(
+                    f"{path}: tensor {shown(name)} holds {stored.dtype}", str(blank[name].dtype)
+                )
+            else:
+                weights[name] = torch.empty_like(blank[name], device=device)
+                weights[name].copy_(stored)
     model.load_state_dict(weights, assign=True)
     return model.eval(), tokenizer
 
@@ -89,13 +116,21 @@ def save(model: RWKV, path: str | PathLike[str]) -> None:
     """
     weights = model.state_dict()
     if Path(path).suffix == ".pth":
+        if model.quantization is not None:
+            raise CheckpointError(
+                f"a .pth file cannot hold a model in {model.quantization}",
+                "weights in full",
+                "the suffix .safetensors",
+            )
         _check_official(model.config, {name: tuple(weight.shape) for name, weight in weights.items()})
         write_pth(path, weights)
     else:
-        write_safetensors(path, weights, model_metadata(model.config))
+        write_safetensors(path, weights, model_metadata(model.config, model.quantization))
 
 
 def _prevailing_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    if checkpoint.quantization is not None:  # the bytes of its matrices say nothing
+        return checkpoint.dtypes.get("emb.weight", torch.float32)
     numbers: Counter[torch.dtype] = Counter()
     for name, shape in checkpoint.shapes.items():
         numbers[checkpoint.dtypes[name]] += torch.Size(shape).numel()

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from ..errors import CheckpointError, CorruptFileError
 from .atomic import atomic_write, make_folder, sync_folder
-from .base import Checkpoint
+from .base import QUANTIZATIONS, Checkpoint
 from .naming import naming, several, shown
 from .official import differences, infer_config
 from .pth import PthCheckpoint, write_pth
 from .safetensors import SafetensorsCheckpoint, model_metadata, read_safetensors, write_safetensors
 
 __all__ = [
+    "QUANTIZATIONS",
     "Checkpoint",
     "atomic_write",
     "differences",

@@ -17,6 +17,7 @@ from .naming import naming, shown
 from .official import UNTOLD, differences, infer_config, official_names, refuse_foreign
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+QUANTIZATIONS = ("int8", "int4")  # see models/quantized.py; such a file's matrices are bytes, with scales
 
 
 class TensorInfo(NamedTuple):
@@ -31,6 +32,7 @@ class Checkpoint(ABC):
 
     config    the model's config, stored in the file or inferred from names and shapes
     metadata  text that the file carries besides (empty for .pth)
+    quantization     "int8" or "int4" where `metadata` says so, else None
     shapes, dtypes   by official name, in the file's order
     """
 
@@ -42,18 +44,20 @@ class Checkpoint(ABC):
         tensors: Mapping[str, TensorInfo],
         metadata: Mapping[str, str],
         config: Config | None = None,
+        quantization: str | None = None,
     ) -> None:
         self.path = path
         self.metadata = dict(metadata)
+        self.quantization = quantization
         self._stored = official_names(tensors)
         refuse_foreign(self._stored)
         for name, info in tensors.items():
-            _check_weight(name, info)
+            _check_weight(name, info, is_quantized=quantization is not None)
         self.shapes = {name: tensors[stored].shape for name, stored in self._stored.items()}
         self.dtypes = {name: tensors[stored].dtype for name, stored in self._stored.items()}
         if config is None:
             config = infer_config(self.shapes)
-        else:
+        elif quantization is None:  # else the shapes tell little; loading compares each with the model's
             _check_config(config, self.shapes)
         self.config = config
 
@@ -90,8 +94,9 @@ class Checkpoint(ABC):
         self.close()
 
 
-def _check_weight(name: str, info: TensorInfo) -> None:
-    if info.dtype not in WEIGHT_DTYPES:
+def _check_weight(name: str, info: TensorInfo, *, is_quantized: bool) -> None:
+    bytes_here = is_quantized and info.dtype == torch.uint8 and name.endswith(".weight")
+    if info.dtype not in WEIGHT_DTYPES and not bytes_here:
         raise CheckpointError(
             f"tensor {shown(name)} holds {_plain(info.dtype)}",
             "float64, float32, float16 or bfloat16 weights",

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..config import Config, config_from_dict
 from ..errors import CheckpointError, CorruptFileError, UnsafeFileError
 from .atomic import atomic_write
-from .base import Checkpoint, TensorInfo
+from .base import QUANTIZATIONS, Checkpoint, TensorInfo
 from .digest import check_digest, check_table, pieces, sha256
 from .naming import naming, shown
 
@@ -52,9 +52,10 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _NO_DIGEST = "0" * 64  # stands in the header while its own digest is computed
 
 
-def model_metadata(config: Config) -> dict[str, str]:
+def model_metadata(config: Config, quantization: str | None = None) -> dict[str, str]:
     """The metadata of a model file."""
-    return {"format": MODEL_FORMAT, "version": MODEL_VERSION, "config": json.dumps(config.to_dict())}
+    metadata = {"format": MODEL_FORMAT, "version": MODEL_VERSION, "config": json.dumps(config.to_dict())}
+    return metadata if quantization is None else {**metadata, "quantization": quantization}
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -65,7 +66,14 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         header = read_header(path)
         config = _stored_config(header.metadata) if header.digests is not None else None
-        super().__init__(path, header.tensors, header.metadata, config)
+        quantization = None if config is None else header.metadata.get("quantization")
+        if quantization not in (None, *QUANTIZATIONS):
+            raise CheckpointError(
+                f"its quantization is {shown(quantization)}",
+                f"one of {', '.join(QUANTIZATIONS)}",
+                "a newer wkv",
+            )
+        super().__init__(path, header.tensors, header.metadata, config, quantization)
         self._digests = header.digests
         self._file = _open(path)
 

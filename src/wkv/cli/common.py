@@ -24,6 +24,7 @@ MODEL_SUFFIXES = (".pth", ".safetensors")
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp64", "float32", "bfloat16", "float16", "float64"]
 DtypeFlag = Annotated[Dtype | None, Parameter(show_choices=False)]  # eight names would fill the page
+QuantizeFlag = Annotated[Literal["int8", "int4"] | None, Parameter(show_choices=False)]
 _LONG_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -40,6 +41,8 @@ class ModelFlags:
     ----------
     dtype
         fp32, bf16, fp16 or fp64; without it, the file's own
+    quantize
+        int8 or int4: smaller and faster, on a CPU
     device
         cpu, cuda, cuda:1, ...
     tokenizer
@@ -49,6 +52,7 @@ class ModelFlags:
     """
 
     dtype: DtypeFlag = None
+    quantize: QuantizeFlag = None
     device: str = "cpu"
     tokenizer: str | None = None
     threads: int | None = None
@@ -204,7 +208,7 @@ def load_model(path: Path, how: ModelFlags) -> tuple[RWKV, Tokenizer | None]:
     with Console(stderr=True).status(f"loading {path}"):
         from ..loading import load
 
-        return load(path, device=device, dtype=dtype, tokenizer=how.tokenizer)
+        return load(path, device=device, dtype=dtype, tokenizer=how.tokenizer, quantize=how.quantize)
 
 
 def open_model(name: str | None, how: ModelFlags) -> tuple[Path, RWKV, Tokenizer]:

@@ -74,8 +74,9 @@ def model_facts(path: Path) -> dict[str, Any]:
 
     with open_checkpoint(path) as checkpoint:
         config, dtypes = checkpoint.config, Counter(checkpoint.dtypes.values())
-        form = checkpoint.format
-    shell = build(config, device="meta", dtype=dtypes.most_common(1)[0][0])  # no memory, no weights
+        form, quantization = checkpoint.format, checkpoint.quantization
+    common = next(dtype for dtype, _ in dtypes.most_common() if dtype.is_floating_point)
+    shell = build(config, device="meta", dtype=common)  # no memory, no weights
     parameters = sum(weight.numel() for weight in shell.parameters())
     state_bytes = shell.initial_state().nbytes
     known = tokenizers.for_checkpoint(path, config.vocab_size)
@@ -88,6 +89,7 @@ def model_facts(path: Path) -> dict[str, Any]:
         "minor": getattr(config, "minor", None),
         "config": config.to_dict(),
         "parameters": parameters,
+        "quantization": quantization,
         "dtypes": {str(dtype).removeprefix("torch."): count for dtype, count in dtypes.items()},
         "state_bytes": state_bytes,
         "vocab_size": config.vocab_size,
@@ -119,7 +121,8 @@ def _print_model(facts: dict[str, Any]) -> None:
             facts["file"]: f"RWKV-{facts['generation']}{minor}, as .{facts['format']}",
             "parameters": f"{facts['parameters']:,}",
             "layers": f"{config['n_layer']} of width {config['n_embd']}{heads}, ffn {config['dim_ffn']}",
-            "dtype": ", ".join(f"{name} ({n} tensors)" for name, n in facts["dtypes"].items()),
+            "dtype": ", ".join(f"{name} ({n} tensors)" for name, n in facts["dtypes"].items())
+            + (f"; quantised: {facts['quantization']}" if facts["quantization"] else ""),
             "vocabulary": f"{facts['vocab_size']:,} tokens; tokenizer: {facts['tokenizer'] or 'not known'}",
             "state": f"{human_bytes(facts['state_bytes'])} per conversation, at any length",
             "memory": ", ".join(f"{name} {human_bytes(n)}" for name, n in memory.items()),

@@ -122,6 +122,12 @@ def train(
         if model_settings != ModelSettings(init=model_settings.init):
             raise UsageError("--init brings its own sizes", "no --arch, --size, --n-layer, ... beside it")
         model, own = loading.load(model_settings.init, device=where, tokenizer=tokenizer)
+        if model.quantization is not None:
+            raise InputError(
+                f"{model_settings.init} is in {model.quantization}",
+                "weights in full",
+                "the file that it was made of",
+            )
         tokenizer = own.name if own else None
     corpus = _corpus(data_settings, tokenizer, model_settings.init, out, training.seed, group)
     if model is None:

@@ -1,5 +1,6 @@
 """Matrices of 8 or 4 bits, for inference: a group of 64 inputs shares a scale for each output.
 
+    wkv.load(path, quantize="int8")
     quantize(model, "int8")        in place: the matrices of the time and channel mixes, and the head
     QuantizedLinear                what stands where a Linear stood
 
@@ -12,19 +13,16 @@ rounded to the nearest: |W - stored| <= scale / 2, where scale = max |W| of the 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoints import QUANTIZATIONS
 from ..errors import ConfigError
 from ..ops import native
 from .base import RWKV
 from .layers import Linear
 
-Tier = Literal["int8", "int4"]
-TIERS: tuple[Tier, ...] = ("int8", "int4")
 GROUP = native.GROUP
 _LARGEST = {8: 127, 4: 7}
 
@@ -95,42 +93,38 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.n_in}, out_features={self.n_out}, bits={self.bits}"
 
 
-def quantize(model: RWKV, tier: Tier) -> RWKV:
+def quantize(model: RWKV, tier: str) -> RWKV:
     """Give the model's matrices 8 or 4 bits, one after the other, in place; returns the model.
 
-    ConfigError for another tier, and for a model that is quantised already.
+    On the meta device it makes the shell for a quantised file. ConfigError for a tier other than "int8" and
+    "int4", and for a model that is quantised already.
     """
-    for name, linear in quantized_places(model, tier):
-        made = empty_like(name, linear, tier)
-        made = made.to_empty(device=linear.weight.device)
-        made.store(linear.weight)
-        put(model, name, made)
+    if tier not in QUANTIZATIONS:
+        raise ConfigError(f"there is no tier {tier!r}", f"one of {', '.join(QUANTIZATIONS)}")
+    if model.quantization is not None:
+        raise ConfigError(
+            f"the model is in {model.quantization} already", "weights in full", "its original file"
+        )
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, Linear):
+            continue
+        bits = 8 if tier == "int8" or name == "head" else 4
+        with linear.weight.device:
+            made = QuantizedLinear(linear.in_features, linear.out_features, bits, by_input=linear.sparse)
+        if linear.weight.device.type != "meta":
+            made.store(linear.weight)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, made.train(linear.training))
     model.quantization = tier
     return model
 
 
-def quantized_places(model: RWKV, tier: str) -> list[tuple[str, Linear]]:
-    """The matrices that a tier makes smaller."""
-    if tier not in TIERS:
-        raise ConfigError(f"there is no tier {tier!r}", f"one of {', '.join(TIERS)}")
-    if model.quantization is not None:
-        raise ConfigError(
-            f"the model is {model.quantization} already", "weights in full", "its original file"
-        )
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
-
-
-def empty_like(name: str, linear: Linear, tier: str) -> QuantizedLinear:
-    """The module for this matrix, on the meta device."""
-    bits = 8 if tier == "int8" or name == "head" else 4
-    with torch.device("meta"):
-        return QuantizedLinear(linear.in_features, linear.out_features, bits, by_input=linear.sparse)
-
-
-def put(model: RWKV, name: str, module: nn.Module) -> None:
-    """In the place of the module of that name."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+def stored(shell: QuantizedLinear, weight: Tensor) -> dict[str, Tensor]:
+    """The buffers that such a module on the meta device is to have for that weight."""
+    with weight.device:
+        made = QuantizedLinear(shell.n_in, shell.n_out, shell.bits, by_input=shell.by_input)
+    made.store(weight)
+    return {"weight": made.weight, "scales": made.scales}
 
 
 def _groups(n: int) -> int:

@@ -1,0 +1,211 @@
+"""8 and 4 bits: what is lost is what rounding loses, and a quantised file needs nothing but itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import random_tokens, small_model
+from torch import Tensor
+
+import wkv
+from wkv.checkpoints import write_safetensors
+from wkv.cli import main
+from wkv.config import Config, RWKV4Config, RWKV7Config
+from wkv.errors import CheckpointError, ConfigError, Error, UnsafeFileError
+from wkv.models import RWKV, build
+from wkv.models.layers import Linear
+from wkv.models.quantized import QuantizedLinear, quantize
+from wkv.ops import native, use_backend
+
+SIZES = dict(vocab_size=61, n_layer=2, n_embd=80, dim_att=80, dim_ffn=200)
+RANKS = dict(decay_rank=6, rate_rank=5, value_rank=4, gate_rank=7)
+SHAPES: dict[str, Config] = {
+    "4": RWKV4Config(**SIZES),
+    "7": RWKV7Config(**SIZES, head_size=16, **RANKS),
+}
+TIERS = ["int8", "int4"]
+needs_engine = pytest.mark.skipif(native.why_not() is not None, reason=f"no engine: {native.why_not()}")
+
+
+def linear(n_in: int, n_out: int, bits: int, by_input: bool, seed: int = 0) -> tuple[QuantizedLinear, Tensor]:
+    weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed))
+    made = QuantizedLinear(n_in, n_out, bits, by_input=by_input)
+    made.store(weight)
+    return made, weight
+
+
+@pytest.mark.parametrize("by_input", [False, True])
+@pytest.mark.parametrize(("bits", "steps"), [(8, 127), (4, 7)])
+@pytest.mark.parametrize(("n_in", "n_out"), [(1, 1), (63, 65), (64, 64), (130, 70), (200, 4200)])
+def test_every_weight_is_rounded_to_the_nearest_step(
+    n_in: int, n_out: int, bits: int, steps: int, by_input: bool
+) -> None:
+    made, weight = linear(n_in, n_out, bits, by_input)
+    for start in range(0, n_in, 64):
+        group = weight[:, start : start + 64]
+        step = (
+            group.abs().amax(dim=1, keepdim=True) / steps * (1 + 2**-7)
+        )  # scales are rounded up, to bfloat16
+        lost = (made.dequantized()[:, start : start + 64] - group).abs()
+        assert (lost <= step / 2 + 1e-7).all()
+    packed = -(-n_out // 64) * n_in if by_input else -(-n_in // 64) * n_out
+    assert made.weight.nbytes == packed * 64 * bits // 8
+
+
+def test_zeros_and_a_single_outlier_survive() -> None:
+    made = QuantizedLinear(128, 2, 8, by_input=False)
+    weight = torch.zeros(2, 128)
+    weight[1, 5] = -3e30
+    made.store(weight)
+    assert made.dequantized()[0].eq(0).all() and made.dequantized()[1, 6:].eq(0).all()
+    assert float(made.dequantized()[1, 5]) == pytest.approx(-3e30, rel=0.01)
+
+
+@needs_engine
+@pytest.mark.parametrize("name", native.engines())
+@pytest.mark.parametrize("bits", [8, 4])
+@given(data=st.data())
+def test_products_are_those_of_the_stored_weights(name: str, bits: int, data: st.DataObject) -> None:
+    n_in, n_out = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 200))
+    rows, by_input = data.draw(st.integers(1, 70)), data.draw(st.booleans())
+    made, _ = linear(n_in, n_out, bits, by_input, data.draw(st.integers(0, 9)))
+    x = torch.randn(rows, n_in, generator=torch.Generator().manual_seed(1))
+    if data.draw(st.booleans()):
+        x = x.relu()
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "engines", lambda: [name])
+        torch.set_num_threads(data.draw(st.integers(1, 4)))
+        y = made(x)
+        torch.set_num_threads(data.draw(st.integers(1, 4)))
+        row = data.draw(st.integers(0, rows - 1))
+        assert torch.equal(made(x[row : row + 1])[0], y[row])  # a row's bits depend on the row alone
+    torch.set_num_threads(before)
+    weight = made.dequantized().double()
+    # x is rounded to 32767 steps a side, and the sum of the groups is float32.
+    bound = x.double().abs().amax(dim=1, keepdim=True) * weight.abs().sum(dim=1) * (0.5 / 32767 + 2e-6)
+    assert ((y.double() - x.double() @ weight.mT).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_quantised_model_is_the_model_of_its_stored_weights(shape: str, tier: str) -> None:
+    model = quantize(small_model(SHAPES[shape], dtype=torch.float32), tier)
+    exact = small_model(SHAPES[shape], dtype=torch.float64)
+    for name, module in exact.named_modules():
+        if isinstance(module, Linear):
+            stored = model.get_submodule(name)
+            assert isinstance(stored, QuantizedLinear)
+            assert stored.bits == (8 if tier == "int8" or name == "head" else 4)
+            module.weight.copy_(stored.dequantized())
+    tokens = random_tokens(model, 2, 9)
+    expected = exact(tokens)[0]
+    for backend in ["reference"] if native.why_not() else ["reference", "native"]:
+        with use_backend(backend):
+            logits, state = model(tokens)
+            one, _ = model(tokens[:, :1], state)
+        assert float((logits - expected).norm() / expected.norm()) < 1e-3
+        assert one.isfinite().all()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_quantised_file_loads_without_its_original(shape: str, tier: str, tmp_path: Path) -> None:
+    model = small_model(SHAPES[shape], dtype=torch.float32)
+    wkv.save(model, tmp_path / "full.safetensors")
+    small, _ = wkv.load(tmp_path / "full.safetensors", quantize=tier)
+    tokens = random_tokens(model, 1, 7)
+    expected, _ = small(tokens)
+    wkv.save(small, tmp_path / "small.safetensors")
+    (tmp_path / "full.safetensors").unlink()
+    for again in (None, tier):
+        loaded, _ = wkv.load(tmp_path / "small.safetensors", quantize=again)
+        assert loaded.quantization == tier
+        assert torch.equal(loaded(tokens)[0], expected)
+    assert torch.equal(quantize(model, tier)(tokens)[0], expected)
+    other = TIERS[1 - TIERS.index(tier)]
+    with pytest.raises(CheckpointError, match=f"is in {tier}, not in {other}"):
+        wkv.load(tmp_path / "small.safetensors", quantize=other)
+    with pytest.raises(CheckpointError, match=r"\.pth file cannot hold"):
+        wkv.save(small, tmp_path / "small.pth")
+    with pytest.raises(ConfigError, match="already"):
+        quantize(small, tier)
+    with pytest.raises(ConfigError, match="int8, int4"):
+        wkv.load(tmp_path / "small.safetensors", quantize=None) and quantize(build(SHAPES[shape]), "int5")
+
+
+def test_the_command_line_converts_says_so_and_runs_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RWKV7Config(**{**SIZES, "vocab_size": 256}, head_size=16, **RANKS)
+    wkv.save(small_model(config, dtype=torch.float32), tmp_path / "full.safetensors")
+    target = str(tmp_path / "small.safetensors")
+    assert main(["convert", str(tmp_path / "full.safetensors"), target, "--quantize", "int8"]) == 0
+    assert "in int8 and float32" in capsys.readouterr().out
+    assert main(["info", target]) == 0
+    assert "quantised: int8" in capsys.readouterr().out
+    assert main(["generate", target, "x", "--max-tokens", "3", "--seed", "1"]) == 0
+    first = capsys.readouterr().out
+    flags = ["--quantize", "int8", "--max-tokens", "3", "--seed", "1"]
+    assert main(["generate", str(tmp_path / "full.safetensors"), "x", *flags]) == 0
+    assert capsys.readouterr().out == first
+    again = ["convert", target, str(tmp_path / "again.safetensors"), "--quantize", "int4"]
+    assert main(again) == 1
+    assert "not in int4" in capsys.readouterr().err
+
+
+def damaged(model: RWKV, change: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from wkv.checkpoints import model_metadata
+
+    tensors = dict(model.state_dict())
+    metadata = model_metadata(model.config, model.quantization)
+    name = "blocks.0.att.key"
+    match change:
+        case "bytes cut off":
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, :-1].contiguous()
+        case "scales of other groups":
+            tensors[f"{name}.scales"] = tensors[f"{name}.scales"][:, :-1].contiguous()
+        case "no scales":
+            del tensors[f"{name}.scales"]
+        case "scales that are not finite":
+            tensors[f"{name}.scales"] = tensors[f"{name}.scales"] * float("inf")
+        case "an unknown tier":
+            metadata["quantization"] = "int3"
+        case "no tier":
+            del metadata["quantization"]
+        case "a norm in bytes":
+            tensors["blocks.0.ln1.weight"] = tensors["blocks.0.ln1.weight"].to(torch.uint8)
+        case "another tier":
+            metadata["quantization"] = "int4"
+    return tensors, metadata
+
+
+CHANGES = [
+    "bytes cut off",
+    "scales of other groups",
+    "no scales",
+    "scales that are not finite",
+    "an unknown tier",
+]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "no tier", "another tier", "a norm in bytes"])
+def test_a_damaged_quantised_file_is_refused(change: str, tmp_path: Path) -> None:
+    model = quantize(small_model(SHAPES["7"], dtype=torch.float32), "int8")
+    write_safetensors(tmp_path / "bad.safetensors", *damaged(model, change))
+    with pytest.raises(Error):
+        wkv.load(tmp_path / "bad.safetensors")
+
+
+def test_a_truncated_quantised_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    wkv.save(quantize(small_model(SHAPES["7"], dtype=torch.float32), "int4"), path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UnsafeFileError, match="the end of the file"):
+        wkv.load(path)
