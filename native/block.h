@@ -29,8 +29,8 @@ inline f8 rounded(f8 x, Format format, Count count) {
   Half halves[kLanes];
   switch (format) {
     case Format::kFloat32: return x;
-    case Format::kBFloat16: store(short_floats, x, static_cast<int>(count)); return load(short_floats, count);
-    case Format::kFloat16: store(halves, x, static_cast<int>(count)); return load(halves, count);
+    case Format::kBFloat16: store(short_floats, x, count); return load(short_floats, count);
+    case Format::kFloat16: store(halves, x, count); return load(halves, count);
     default: __builtin_unreachable();
   }
 }

@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <type_traits>
 
@@ -24,7 +25,8 @@ constexpr int kSequences = 256;  // that go through a block together
 
 int64_t thread_floats(const Model& model) {
   const Block& block = model.blocks[0];
-  return thread_floats(std::max({block.width, block.attention, block.hidden}));
+  const int largest = std::max({block.width, block.attention, block.hidden});
+  return thread_floats(largest, largest);  // the head, by output, keeps no sums
 }
 
 int64_t block_floats(const Block& block, int rows, int threads) {
@@ -133,11 +135,39 @@ void run_model(const Model& model, const ModelIO& io, int rows_at_once, float* s
   });
 }
 
-size_t multiply_floats(const Matrix& W, int threads) { return threads * thread_floats(W.inputs); }
+size_t multiply_floats(const Matrix& W, int threads) { return threads * thread_floats(W.inputs, W.outputs); }
 
 void multiply_all(const Matrix& W, const float* x, int rows, float* y, float* scratch, int threads) {
   Pool::shared().run(threads, [&](Team& team) {
-    multiply(W, x, rows, y, team.share(W.outputs, grain(W)), scratch + team.index() * thread_floats(W.inputs));
+    multiply(W, x, rows, y, team.share(W.outputs, grain(W)), scratch + team.index() * thread_floats(W.inputs, W.outputs));
+  });
+}
+
+float read(const float* data, int64_t n, int threads) {
+  constexpr int kSums = 8, kStep = kSums * kLanes;
+  std::atomic<float> all{0};
+  Pool::shared().run(threads, [&](Team& team) {
+    const int64_t steps = n / kStep, end = steps * (team.index() + 1) / team.count();
+    f8 sums[kSums] = {};
+    for (int64_t i = steps * team.index() / team.count(); i < end; ++i) {
+      for (int j = 0; j < kSums; ++j) sums[j] += load(data + i * kStep + j * kLanes);
+    }
+    for (int j = 1; j < kSums; ++j) sums[0] += sums[j];
+    all.fetch_add(sum(sums[0]));
+  });
+  return all.load();
+}
+
+void convert(const float* from, const MutableArray& to, int64_t n, int threads) {
+  constexpr int64_t kChunk = 4096;
+  Pool::shared().run(n < 4 * kChunk ? 1 : threads, [&](Team& team) {
+    const Range mine = team.share(static_cast<int>((n + kChunk - 1) / kChunk), 1);
+    const int64_t begin = mine.begin * kChunk, end = std::min(n, mine.end * kChunk);
+    for (int64_t at = begin; at < end; at += kChunk) {
+      for_eights(0, static_cast<int>(std::min(kChunk, end - at)), [&](int i, auto count) {
+        store(to, at + i, load(from + at + i, count), count);
+      });
+    }
   });
 }
 
@@ -151,6 +181,6 @@ void normalize(const Norm& norm, const float* x, int rows, int width, float* y, 
 }  // namespace
 
 extern const Engine engine;
-const Engine engine = {WKV_ISA_NAME, model_floats, run_model, multiply_floats, multiply_all, normalize};
+const Engine engine = {WKV_ISA_NAME, model_floats, run_model, multiply_floats, multiply_all, read, convert, normalize};
 
 }  // namespace wkv::WKV_ISA

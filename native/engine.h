@@ -124,6 +124,10 @@ struct Engine {
   // y (rows, outputs) = x (rows, inputs) W
   size_t (*multiply_floats)(const Matrix&, int threads);
   void (*multiply)(const Matrix&, const float* x, int rows, float* y, float* scratch, int threads);
+  // The sum of n floats, read once: what the memory gives.
+  float (*read)(const float* data, int64_t n, int threads);
+  // to = from, rounded to another format
+  void (*convert)(const float* from, const MutableArray& to, int64_t n, int threads);
   void (*normalize)(const Norm&, const float* x, int rows, int width, float* y, int threads);
 };
 

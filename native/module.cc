@@ -217,6 +217,19 @@ void normalize(const std::string& name, Address weight, Address bias, int format
                    reinterpret_cast<float*>(y), threads);
 }
 
+void convert(const std::string& name, Address from, Address to, int format, int64_t n, int threads) {
+  const Engine& chosen = engine(name);
+  nb::gil_scoped_release release;
+  chosen.convert(reinterpret_cast<const float*>(from), {reinterpret_cast<void*>(to), static_cast<Format>(format)}, n,
+                 threads);
+}
+
+float read(const std::string& name, Address data, int64_t n, int threads) {
+  const Engine& chosen = engine(name);
+  nb::gil_scoped_release release;
+  return chosen.read(reinterpret_cast<const float*>(data), n, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -224,6 +237,8 @@ NB_MODULE(_native, m) {
   m.def("engines", &engines, "What this processor can run, best first.");
   m.def("multiply", &multiply);
   m.def("normalize", &normalize);
+  m.def("read", &read);
+  m.def("convert", &convert);
   nb::class_<CompiledModel>(m, "Model")
       .def(nb::init<nb::list, nb::dict, float, float, const std::string&>())
       .def("run", &CompiledModel::run);

@@ -3,9 +3,9 @@
 // Outputs that stay with one thread.
 inline int grain(const Matrix& W) { return W.scales ? kGroup : kGrain; }
 
-// What a thread needs to multiply by matrices of up to so many inputs, in floats.
-inline int64_t thread_floats(int inputs) {
-  return static_cast<int64_t>(std::max({kPackedFloats, kDotFloats, quantized_floats(inputs)}) + 15) / 16 * 16;
+// What a thread needs to multiply by matrices of up to so many inputs and outputs, in floats.
+inline int64_t thread_floats(int inputs, int outputs) {
+  return static_cast<int64_t>(std::max({kPackedFloats, kDotFloats, quantized_floats(inputs, outputs)}) + 15) / 16 * 16;
 }
 
 // These outputs of y (rows, W.outputs) = x (rows, W.inputs) W; `scratch` holds thread_floats. ks: of a matrix by

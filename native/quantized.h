@@ -22,6 +22,10 @@ constexpr float kLargest = 32767.0f;
 inline s16 load(const int16_t* p) { return *reinterpret_cast<const s16_unaligned*>(p); }
 inline void store(int16_t* p, s16 x) { *reinterpret_cast<s16_unaligned*>(p) = x; }
 
+typedef int32_t i8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+inline i8 load(const int32_t* p) { return *reinterpret_cast<const i8_unaligned*>(p); }
+inline void store(int32_t* p, i8 x) { *reinterpret_cast<i8_unaligned*>(p) = x; }
+
 inline s16 widen(s8_half x) {
 #if defined(__AVX2__)
   return reinterpret_cast<s16>(_mm256_cvtepi8_epi16(reinterpret_cast<__m128i>(x)));
@@ -105,24 +109,17 @@ inline float round_row(const float* x, int n, int16_t* to) {
 
 inline int groups(int n) { return (n + kGroup - 1) / kGroup; }
 
-// What a thread needs to multiply by a matrix of that many inputs, in floats.
-inline size_t quantized_floats(int inputs) {
-  const size_t whole = size_t{kGroup} * groups(inputs);
-  return kQuantizedRows * (whole / 2 + 1) + 2 * whole / 2 + 4 * whole + 4 * 16;
+// What a thread needs to multiply by matrices of up to that many inputs and outputs, in floats.
+inline size_t quantized_floats(int inputs, int outputs) {
+  const size_t whole = size_t{kGroup} * groups(inputs), sums = size_t{kGroup} * groups(outputs);
+  const size_t rounded = kQuantizedRows * whole / 2;
+  return kQuantizedRows + 2 * whole + rounded + std::max(whole, sums);
 }
 
 // --- by output ----------------------------------------------------------------------------------------------
 
-template <class Bits>
-inline i8 dot_group(const uint8_t* from, const int16_t* x) {
-  s16 w[4];
-  Bits::unpack(from, w);
-  const i8 left = multiply_pairs(w[0], load(x)) + multiply_pairs(w[1], load(x + kQuarter));
-  const i8 right = multiply_pairs(w[2], load(x + 2 * kQuarter)) + multiply_pairs(w[3], load(x + 3 * kQuarter));
-  return left + right;
-}
-
-constexpr int kAhead = 1536;  // bytes between what is multiplied and what is asked for
+constexpr int kAhead = 1024;  // bytes between what is multiplied and what is asked for
+constexpr int kScales = 4;    // outputs whose scales are widened together
 
 template <class Bits>
 void quantized_dot_row(const Matrix& W, const int16_t* x, float scale, float* y, Range outputs, float* scales,
@@ -132,22 +129,29 @@ void quantized_dot_row(const Matrix& W, const int16_t* x, float scale, float* y,
     const s16 offset = s16{} + Bits::kOffset;
     i8 sums{};
     for (int q = 0; q < 4; ++q) sums += multiply_pairs(offset, load(x + g * kGroup + q * kQuarter));
-    store(reinterpret_cast<float*>(excess + g * kLanes), reinterpret_cast<f8>(sums));
+    store(excess + g * kLanes, sums);
   }
-  const auto* weights = static_cast<const uint8_t*>(W.weights.data);
-  const auto* short_scales = static_cast<const BFloat16*>(W.scales);
-  for (int o = outputs.begin; o < outputs.end; ++o) {
-    const uint8_t* from = weights + int64_t{o} * n * Bits::kBytes;
-    for_eights(0, n, [&](int g, auto count) { store(scales + g, load(short_scales + int64_t{o} * n + g, count), count); });
-    f8 total{};
-    for (int g = 0; g < n; ++g) {
-      const uint8_t* group = from + int64_t{g} * Bits::kBytes;
-      __builtin_prefetch(group + kAhead);
-      i8 whole = dot_group<Bits>(group, x + g * kGroup);
-      if constexpr (Bits::kOffset != 0) whole -= reinterpret_cast<i8>(load(reinterpret_cast<float*>(excess + g * kLanes)));
-      total += __builtin_convertvector(whole, f8) * scales[g];
+  const auto* group = static_cast<const uint8_t*>(W.weights.data) + int64_t{outputs.begin} * n * Bits::kBytes;
+  for (int begin = outputs.begin; begin < outputs.end; begin += kScales) {
+    const int end = std::min(begin + kScales, outputs.end);
+    const auto* short_scales = static_cast<const BFloat16*>(W.scales) + int64_t{begin} * n;
+    for_eights(0, (end - begin) * n, [&](int i, auto count) { store(scales + i, load(short_scales + i, count), count); });
+    // One output after the other: a single stream through the memory is what it reads fastest.
+    for (int o = begin; o < end; ++o) {
+      const float* of_group = scales + (o - begin) * n;
+      f8 total{};
+      for (int g = 0; g < n; ++g, group += Bits::kBytes) {
+        __builtin_prefetch(group + kAhead);
+        s16 w[4];
+        Bits::unpack(group, w);
+        const int16_t* input = x + g * kGroup;
+        i8 whole = (multiply_pairs(w[0], load(input)) + multiply_pairs(w[1], load(input + kQuarter))) +
+                   (multiply_pairs(w[2], load(input + 2 * kQuarter)) + multiply_pairs(w[3], load(input + 3 * kQuarter)));
+        if constexpr (Bits::kOffset != 0) whole -= load(excess + g * kLanes);
+        total += __builtin_convertvector(whole, f8) * of_group[g];
+      }
+      y[o] = sum(total) * scale;
     }
-    y[o] = sum(total) * scale;
   }
 }
 
@@ -209,59 +213,72 @@ void quantized_dot_rows(const Matrix& W, const int16_t* x, int rows, const float
 
 // --- by input -----------------------------------------------------------------------------------------------
 
-// For one row of x: the outputs of a strip of 64, group after group, of the inputs that are not zero alone.
+constexpr int kPairs = 2;  // pairs of inputs that one pass over the sums takes along
+
+// For one row of x: group after group, what its inputs that are not zero add to the outputs. `sums`: whole strips.
 template <class Bits>
-void quantized_strips(const Matrix& W, const int16_t* x, float scale, float* y, Range outputs, int* active) {
-  const int n = groups(W.inputs), strips = groups(W.outputs);
+void quantized_strips(const Matrix& W, const int16_t* x, float scale, float* y, Range outputs, int32_t* sums) {
+  const int n = groups(W.inputs);
   const auto* weights = static_cast<const uint8_t*>(W.weights.data);
   const auto* short_scales = static_cast<const BFloat16*>(W.scales);
-  const int64_t stride = int64_t{strips} * Bits::kBytes;
-  const int first = outputs.begin / kGroup, end = groups(outputs.end);
+  const int64_t stride = int64_t{groups(W.outputs)} * Bits::kBytes;
+  const int first = outputs.begin / kGroup, strips = groups(outputs.end) - first;
   std::fill(y + outputs.begin, y + outputs.end, 0.0f);
+  // The inputs to look at, one group ahead of those that are multiplied: they are asked for in time.
+  int lists[2][kGroup + 2 * kPairs], counts[2] = {};
   const auto find = [&](int g, int* found) {
     int count = 0;
     for (int k = g * kGroup; k < std::min(W.inputs, (g + 1) * kGroup); ++k) {
       found[count] = k;
       count += x[k] != 0;
     }
-    for (int i = 0; i < count; ++i) {  // they will be wanted soon
-      const uint8_t* row = weights + found[i] * stride;
-      for (int64_t byte = first * Bits::kBytes; byte < end * Bits::kBytes; byte += 64) __builtin_prefetch(row + byte);
-    }
     return count;
   };
-  int *now = active, *next = active + kGroup;
-  int count = find(0, now);
+  counts[0] = find(0, lists[0]);
   for (int g = 0; g < n; ++g) {
-    const int next_count = g + 1 < n ? find(g + 1, next) : 0;
-    for (int strip = first; strip < end && count > 0; ++strip) {
-      i8 whole[8] = {};
-      for (int i = 0; i < count; i += 2) {
-        const bool is_pair = i + 1 < count;
-        s16 a[4], b[4] = {};
-        Bits::unpack(weights + now[i] * stride + strip * Bits::kBytes, a);
-        if (is_pair) Bits::unpack(weights + now[i + 1] * stride + strip * Bits::kBytes, b);
-        const auto pair = static_cast<uint16_t>(x[now[i]]) |
-                          static_cast<uint32_t>(static_cast<uint16_t>(is_pair ? x[now[i + 1]] : 0)) << 16;
-        const s16 times = reinterpret_cast<s16>(u8{} + pair);
-        for (int q = 0; q < 4; ++q) {
-          s16 left, right;
-          interleave(a[q] - Bits::kOffset, b[q] - Bits::kOffset, left, right);
-          whole[2 * q] += multiply_pairs(left, times);
-          whole[2 * q + 1] += multiply_pairs(right, times);
-        }
+    int* now = lists[g % 2];
+    int* next = lists[(g + 1) % 2];
+    const int count = counts[g % 2], next_count = counts[(g + 1) % 2] = g + 1 < n ? find(g + 1, next) : 0;
+    for (int i = 0; i < 2 * kPairs && count > 0; ++i) now[count + i] = -1;  // no input
+    for (int i = 0; i < count; i += 2 * kPairs) {
+      const uint8_t *from[2 * kPairs], *soon[2 * kPairs];
+      s16 times[kPairs];
+      for (int j = 0; j < 2 * kPairs; ++j) {
+        const int k = now[i + j] >= 0 ? now[i + j] : now[i];
+        const int later = i + j + 2 * kPairs;
+        const int wanted = later < count ? now[later] : later - count < next_count ? next[later - count] : k;
+        from[j] = weights + k * stride + first * Bits::kBytes;
+        soon[j] = weights + wanted * stride + first * Bits::kBytes;
       }
-      const int begin = strip * kGroup, stop = std::min(outputs.end, begin + kGroup);
-      for (int i = 0; i < 8; ++i) {
-        const int o = begin + i * kLanes;
-        for_eights(o, std::clamp(stop, o, o + kLanes), [&](int at, auto some) {
-          const f8 scaled = load(short_scales + int64_t{g} * W.outputs + at, some);
-          store(y + at, load(y + at, some) + __builtin_convertvector(whole[i], f8) * scaled, some);
-        });
+      for (int p = 0; p < kPairs; ++p) {
+        const auto value = [&](int j) { return static_cast<uint16_t>(now[j] >= 0 ? x[now[j]] : 0); };
+        times[p] = reinterpret_cast<s16>(u8{} + (value(i + 2 * p) | static_cast<uint32_t>(value(i + 2 * p + 1)) << 16));
+      }
+      for (int strip = 0; strip < strips; ++strip) {
+        int32_t* at = sums + strip * kGroup;
+        i8 whole[8];
+        for (int v = 0; v < 8; ++v) whole[v] = i == 0 ? i8{} : load(at + v * kLanes);
+        for (int p = 0; p < kPairs; ++p) {
+          s16 a[4], b[4];
+          for (int j = 2 * p; j < 2 * p + 2; ++j) __builtin_prefetch(soon[j] + strip * Bits::kBytes);
+          Bits::unpack(from[2 * p] + strip * Bits::kBytes, a);
+          Bits::unpack(from[2 * p + 1] + strip * Bits::kBytes, b);
+          for (int q = 0; q < 4; ++q) {
+            s16 left, right;
+            interleave(a[q] - Bits::kOffset, b[q] - Bits::kOffset, left, right);
+            whole[2 * q] += multiply_pairs(left, times[p]);
+            whole[2 * q + 1] += multiply_pairs(right, times[p]);
+          }
+        }
+        for (int v = 0; v < 8; ++v) store(at + v * kLanes, whole[v]);
       }
     }
-    std::swap(now, next);
-    count = next_count;
+    if (count == 0) continue;
+    const int begin = first * kGroup;
+    for_eights(outputs.begin, outputs.end, [&](int o, auto some) {
+      const f8 scales = load(short_scales + int64_t{g} * W.outputs + o, some);
+      store(y + o, load(y + o, some) + __builtin_convertvector(load(sums + o - begin), f8) * scales, some);
+    });
   }
   for_eights(outputs.begin, outputs.end, [&](int i, auto some) { store(y + i, load(y + i, some) * scale, some); });
 }
@@ -282,9 +299,9 @@ void multiply_quantized(const Matrix& W, const float* x, int rows, float* y, Ran
     }
     float* to = y + int64_t{begin} * W.outputs;
     if (W.by_input) {
-      int active[2 * kGroup + 1];
+      auto* sums = reinterpret_cast<int32_t*>(rounded + int64_t{kQuantizedRows} * whole);
       for (int r = 0; r < some; ++r) {
-        quantized_strips<Bits>(W, rounded + int64_t{r} * whole, row_scales[r], to + int64_t{r} * W.outputs, outputs, active);
+        quantized_strips<Bits>(W, rounded + int64_t{r} * whole, row_scales[r], to + int64_t{r} * W.outputs, outputs, sums);
       }
     } else if (some == 1) {
       quantized_dot_row<Bits>(W, rounded, row_scales[0], to, outputs, scales, reinterpret_cast<int32_t*>(wide));

@@ -79,6 +79,14 @@ inline void store1(Half* p, float x) {
 #endif
 }
 
+inline void keep_in_register(f8& x) {
+#if defined(__AVX2__)
+  asm("" : "+x"(x));
+#else
+  (void)x;
+#endif
+}
+
 inline f8 min(f8 a, f8 b) { return a < b ? a : b; }
 inline f8 max(f8 a, f8 b) { return a > b ? a : b; }
 
@@ -136,6 +144,20 @@ inline f8 load(const T* p, int count) {
 }
 
 inline void store(float* p, f8 x, Eight) { store(p, x); }
+
+#if defined(__AVX2__)
+inline void store(BFloat16* p, f8 x, Eight) {
+  const i8 bits = reinterpret_cast<i8>(x);
+  const i8 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+  const __m256i words = reinterpret_cast<__m256i>(x == x ? rounded : quiet) & _mm256_set1_epi32(0xffff);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+inline void store(Half* p, f8 x, Eight) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(x), 0));
+}
+#endif
 
 template <class T>
 inline void store(T* p, f8 x, int count) {

@@ -98,7 +98,7 @@ class CompiledModel:
         y = torch.empty(B, 1 if output == "last" else T, width if output == "hidden" else vocabulary)
         if not self._engine.run(tokens.contiguous(), before, after, output, y):
             return None
-        return y.to(self.dtype), StackedState(after, self)
+        return native.converted(y, self.dtype), StackedState(after, self)
 
 
 def _tensors(module: nn.Module) -> Parts:

@@ -122,7 +122,7 @@ def _product(
         y.data_ptr(),
         threads(),
     )
-    return y.view(*x.shape[:-1], outputs).to(x.dtype)
+    return converted(y.view(*x.shape[:-1], outputs), x.dtype)
 
 
 def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -141,7 +141,17 @@ def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
         y.data_ptr(),
         threads(),
     )
-    return y.view(x.shape).to(weight.dtype)
+    return converted(y.view(x.shape), weight.dtype)
+
+
+def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x float32 in a dtype of FORMATS. By the engine's threads: torch's own would stay awake for a while, in
+    the way of what comes next."""
+    if dtype == torch.float32:
+        return x
+    y = torch.empty(x.shape, dtype=dtype)
+    _engine().convert(engines()[0], x.data_ptr(), y.data_ptr(), FORMATS[dtype], x.numel(), threads())
+    return y
 
 
 class Stored(NamedTuple):
