@@ -49,7 +49,7 @@ inline void dot(const float* x, int64_t ldx, const T* w, int64_t ldw, int inputs
     for (int r = 0; r < R; ++r) {
       f8 input = load(x + r * ldx + k, count);
       if constexpr (O > 1) keep_in_register(input);  // else the compiler loads it for every output again
-      for (int o = 0; o < O; ++o) sums[r][o].*half += weights[o] * input;
+      for (int o = 0; o < O; ++o) sums[r][o].*half = multiply_add(weights[o], input, sums[r][o].*half);
     }
   };
   int k = 0;
@@ -168,13 +168,13 @@ void add_inputs(const T* w, int64_t stride, const float* x, const int* ks, int c
       for (int t = 0; t < kWide; ++t) total[t] = load(sums + i + t * kLanes);
       for (int u = 0; u < kTogether; ++u) {
         for (int line = 0; line < kLines; ++line) __builtin_prefetch(soon[u] + i + line * (64 / sizeof(T)));
-        for (int t = 0; t < kWide; ++t) total[t] += load(from[u] + i + t * kLanes) * times[u];
+        for (int t = 0; t < kWide; ++t) total[t] = multiply_add(load(from[u] + i + t * kLanes), times[u], total[t]);
       }
       for (int t = 0; t < kWide; ++t) store(sums + i + t * kLanes, total[t]);
     }
     for_eights(i, n, [&](int at, auto some) {
       f8 total = load(sums + at, some);
-      for (int u = 0; u < kTogether; ++u) total += load(from[u] + at, some) * times[u];
+      for (int u = 0; u < kTogether; ++u) total = multiply_add(load(from[u] + at, some), times[u], total);
       store(sums + at, total, some);
     });
   }
@@ -182,7 +182,7 @@ void add_inputs(const T* w, int64_t stride, const float* x, const int* ks, int c
     const int k = ks ? ks[j] : j;
     const T* from = w + k * stride;
     for_eights(0, n, [&](int i, auto some) {
-      store(sums + i, load(sums + i, some) + load(from + i, some) * x[k], some);
+      store(sums + i, multiply_add(load(from + i, some), x[k], load(sums + i, some)), some);
     });
   }
 }
@@ -213,8 +213,8 @@ inline void multiply_panel(const float* x, int64_t ldx, const float* panel, int 
     const f8 left = load(panel + k * kPanel), right = load(panel + k * kPanel + kLanes);
     for (int r = 0; r < R; ++r) {
       const float times = x[r * ldx + k];
-      sums[r][0] += left * times;
-      sums[r][1] += right * times;
+      sums[r][0] = multiply_add(left, times, sums[r][0]);
+      sums[r][1] = multiply_add(right, times, sums[r][1]);
     }
   }
   for (int r = 0; r < R; ++r) {

@@ -148,7 +148,7 @@ void quantized_dot_row(const Matrix& W, const int16_t* x, float scale, float* y,
         i8 whole = (multiply_pairs(w[0], load(input)) + multiply_pairs(w[1], load(input + kQuarter))) +
                    (multiply_pairs(w[2], load(input + 2 * kQuarter)) + multiply_pairs(w[3], load(input + 3 * kQuarter)));
         if constexpr (Bits::kOffset != 0) whole -= load(excess + g * kLanes);
-        total += __builtin_convertvector(whole, f8) * of_group[g];
+        total = multiply_add(__builtin_convertvector(whole, f8), of_group[g], total);
       }
       y[o] = sum(total) * scale;
     }
@@ -171,7 +171,7 @@ void quantized_tile(const int16_t* x, int64_t ldx, const int16_t* w, int64_t ldw
       }
     }
     for (int o = 0; o < O; ++o) {
-      for (int r = 0; r < R; ++r) total[r][o] += __builtin_convertvector(whole[r][o], f8) * scales[o * ld_scales + g];
+      for (int r = 0; r < R; ++r) total[r][o] = multiply_add(__builtin_convertvector(whole[r][o], f8), scales[o * ld_scales + g], total[r][o]);
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -277,7 +277,7 @@ void quantized_strips(const Matrix& W, const int16_t* x, float scale, float* y, 
     const int begin = first * kGroup;
     for_eights(outputs.begin, outputs.end, [&](int o, auto some) {
       const f8 scales = load(short_scales + int64_t{g} * W.outputs + o, some);
-      store(y + o, load(y + o, some) + __builtin_convertvector(load(sums + o - begin), f8) * scales, some);
+      store(y + o, multiply_add(__builtin_convertvector(load(sums + o - begin), f8), scales, load(y + o, some)), some);
     });
   }
   for_eights(outputs.begin, outputs.end, [&](int i, auto some) { store(y + i, load(y + i, some) * scale, some); });

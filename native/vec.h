@@ -79,6 +79,18 @@ inline void store1(Half* p, float x) {
 #endif
 }
 
+// a b + c, rounded once where the processor can, and the same wherever it is written: whether the compiler joins
+// a product and a sum depends on the code around them.
+inline f8 multiply_add(f8 a, f8 b, f8 c) {
+#if defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline f8 multiply_add(f8 a, float b, f8 c) { return multiply_add(a, f8{} + b, c); }
+
 inline void keep_in_register(f8& x) {
 #if defined(__AVX2__)
   asm("" : "+x"(x));
