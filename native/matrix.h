@@ -45,10 +45,13 @@ template <int R, int O, bool kPrefetches, class T>
 inline void dot(const float* x, int64_t ldx, const T* w, int64_t ldw, int inputs, Sums (&sums)[R][O]) {
   const auto step = [&](int k, auto count, auto half) {
     f8 weights[O];
-    for (int o = 0; o < O; ++o) weights[o] = load(w + o * ldw + k, count);
+    for (int o = 0; o < O; ++o) {
+      weights[o] = load(w + o * ldw + k, count);
+      if constexpr (R > 1) keep_in_register(weights[o]);  // else the compiler loads them again and again
+    }
     for (int r = 0; r < R; ++r) {
       f8 input = load(x + r * ldx + k, count);
-      if constexpr (O > 1) keep_in_register(input);  // else the compiler loads it for every output again
+      if constexpr (O > 1) keep_in_register(input);
       for (int o = 0; o < O; ++o) sums[r][o].*half = multiply_add(weights[o], input, sums[r][o].*half);
     }
   };

@@ -1,8 +1,8 @@
 """`wkv bench`: how fast a model reads and writes here, beside what the memory of this machine allows.
 
-Writing one token reads every weight once (of the embedding table one row only) and reads and writes the
-state. So bytes / bandwidth is the least time per token that any program could take at this precision,
-unless the processor's caches hold the model.
+Writing one token reads every weight once (of the embedding table one row only, of the channel mix's last
+matrix what meets no zero) and reads and writes the state. So bytes / bandwidth is the least time per token
+that any program could take at this precision, unless the processor's caches hold the model.
 """
 
 from __future__ import annotations
@@ -74,14 +74,17 @@ def bench(
         print(json.dumps({"model": name, **figures}))
         return
     threads, device = figures["threads"], figures["device"]
-    print_line(
-        f"{name}: {figures['parameters']:,} parameters, {figures['dtype']}, {threads} threads on {device}"
-    )
+    form = figures["quantization"] or figures["dtype"]
+    print_line(f"{name}: {figures['parameters']:,} parameters, {form}, {threads} threads on {device}")
     print_line(f"  prefill  {figures['prefill_tokens_per_second']:.1f} tokens/s ({PROMPT_TOKENS} tokens)")
     print_line(f"  decode   {figures['decode_tokens_per_second']:.1f} tokens/s")
-    print_line(f"  moved    {human_bytes(figures['bytes_per_token'])} per token")
+    print_line(f"  zeros    {figures['zeros']:.0%} of the channel mix's hidden units")
+    print_line(
+        f"  moved    {human_bytes(figures['bytes_per_token'])} per token, "
+        f"{human_bytes(figures['bytes_per_token_unskipped'])} if zeros were multiplied too"
+    )
     print_line(f"  memory   {human_bytes(figures['bandwidth_bytes_per_second'])}/s, measured now")
-    print_line(f"  ratio    {figures['ratio']:.2f} of the decode speed that this memory allows")
+    print_line(f"  efficiency  {figures['efficiency']:.2f}: least time / measured time of a token")
 
 
 def load_or_build(name: str | None, how: ModelFlags) -> tuple[str, RWKV]:
@@ -95,14 +98,20 @@ def load_or_build(name: str | None, how: ModelFlags) -> tuple[str, RWKV]:
     import torch
 
     from ..models import build
+    from ..models.quantized import quantize
 
     dtype = torch_dtype(how.dtype) or torch.float32
-    return f"{name} with random weights", build(config, device=use_device(how.device), dtype=dtype)
+    model = build(config, device=use_device(how.device), dtype=dtype)
+    if how.quantize is not None:
+        quantize(model, how.quantize)
+    return f"{name} with random weights", model
 
 
 def measure(model: RWKV) -> dict[str, Any]:
     """The figures of a model on the device and with the threads that it runs on now."""
     import torch
+
+    from ..models import build
 
     tokens = torch.randint(
         model.config.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)
@@ -112,11 +121,15 @@ def measure(model: RWKV) -> dict[str, Any]:
         _, state = model(tokens, output="last")
         prefill = _median_seconds(lambda: model(tokens, output="last"), model.device)
         decode = _median_seconds(lambda: model(tokens[:, :1], state), model.device)
-    weights = sum(weight.nbytes for name, weight in model.named_parameters() if name != "emb.weight")
-    moved = weights + 2 * state.nbytes
+    weights = sum(weight.nbytes for name, weight in model.state_dict().items() if name != "emb.weight")
+    unskipped = weights + 2 * state.nbytes
+    zeros = share_of_zeros(model, tokens)
+    moved = unskipped
+    if _skips(model):
+        moved -= int(zeros * sum(_bytes(matrix) for matrix in _sparse_matrices(model)))
     bandwidth = read_bandwidth(model.device)
     return {
-        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "parameters": sum(weight.numel() for weight in build(model.config, device="meta").parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
@@ -124,22 +137,61 @@ def measure(model: RWKV) -> dict[str, Any]:
         "prefill_tokens_per_second": PROMPT_TOKENS / prefill,
         "decode_tokens_per_second": 1 / decode,
         "state_bytes": state.nbytes,
+        "quantization": model.quantization,
+        "zeros": zeros,
         "bytes_per_token": moved,
+        "bytes_per_token_unskipped": unskipped,
         "bandwidth_bytes_per_second": bandwidth,
-        "ratio": moved / bandwidth / decode,
+        "efficiency": moved / bandwidth / decode,
     }
+
+
+def share_of_zeros(model: RWKV, tokens: torch.Tensor) -> float:
+    """How many of the channel mixes' hidden units are zero while the model reads `tokens`, on average."""
+    found: list[float] = []
+    hooks = [
+        matrix.register_forward_pre_hook(
+            lambda _, inputs: found.append(float((inputs[0] == 0).float().mean()))
+        )
+        for matrix in _sparse_matrices(model)
+    ]
+    try:
+        model(tokens, output="last")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(found) / len(found)
+
+
+def _skips(model: RWKV) -> bool:
+    """Whether what meets a zero is left unread: the compiled engine does."""
+    from ..models.compiled import why_not
+
+    return why_not(model) is None
+
+
+def _sparse_matrices(model: RWKV) -> list[torch.nn.Module]:
+    return [model.get_submodule(f"blocks.{i}.ffn.value") for i in range(model.config.n_layer)]
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
 
 
 def read_bandwidth(device: torch.device) -> float:
     """Bytes per second of reading memory: the best of several matrix-vector products over up to 1 GiB.
 
-    That product is what decoding consists of, and the fastest read that torch has. With little memory
-    free, a quarter of it.
+    That product is what decoding consists of, and the fastest read that torch has; where the compiled engine
+    runs, its plain sum is faster, and counts. With little memory free, a quarter of it.
     """
     import torch
 
+    from ..ops import native
+
     rows = max(1, min(LARGEST_BUFFER, _free_memory(device) // 4) // (4 * 4096))
     matrix = torch.ones(rows, 4096, device=device)
+    if device.type == "cpu" and native.why_not() is None:
+        return matrix.nbytes / min(_seconds(lambda: native.total(matrix), device) for _ in range(8))
     vector = torch.ones(4096, device=device)
     return matrix.nbytes / min(_seconds(lambda: matrix.mv(vector), device) for _ in range(8))
 
