@@ -2,7 +2,7 @@
 // how many rows share the call nor on who computes it: so a row's result is the same, bit for bit, alone and in
 // company. Included once per instruction set, inside that set's namespace.
 //
-//     by output   sixteen sums, of the inputs k = 0, 16, 32, ..., of k = 1, 17, ..., and so on, added at the end
+//     by output   eight sums, of the inputs k = 0, 8, 16, ..., of k = 1, 9, ..., and so on, added at the end
 //     by input    one sum, in the order of the inputs
 
 constexpr int kGrain = 16;     // outputs that stay with one thread
@@ -34,50 +34,32 @@ constexpr int kOutputs = 24;    // outputs whose weights stay in the second-leve
 constexpr int kRowsDeep = 48;   // rows of x that stay there too
 constexpr int kPrefetch = 1024; // bytes between what a single row multiplies and what is asked for
 
-// The sixteen sums of an output: of the inputs k with k % 16 < 8, and of the others.
-struct Sums {
-  f8 even{}, odd{};
-  float total() const { return sum(even + odd); }
-};
-
-// sums (R, O) += x (R, inputs) w (O, inputs)^T
+// sums (R, O) += x (R, inputs) w (O, inputs)^T, eight sums each
 template <int R, int O, bool kPrefetches, class T>
-inline void dot(const float* x, int64_t ldx, const T* w, int64_t ldw, int inputs, Sums (&sums)[R][O]) {
-  const auto step = [&](int k, auto count, auto half) {
+inline void dot(const float* x, int64_t ldx, const T* w, int64_t ldw, int inputs, f8 (&sums)[R][O]) {
+  for_eights(0, inputs, [&](int k, auto count) {
     f8 weights[O];
     for (int o = 0; o < O; ++o) {
-      weights[o] = load(w + o * ldw + k, count);
+      const T* from = w + o * ldw + k;
+      if (kPrefetches && k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetch);
+      weights[o] = load(from, count);
       if constexpr (R > 1) keep_in_register(weights[o]);  // else the compiler loads them again and again
     }
     for (int r = 0; r < R; ++r) {
       f8 input = load(x + r * ldx + k, count);
       if constexpr (O > 1) keep_in_register(input);
-      for (int o = 0; o < O; ++o) sums[r][o].*half = multiply_add(weights[o], input, sums[r][o].*half);
+      for (int o = 0; o < O; ++o) sums[r][o] = multiply_add(weights[o], input, sums[r][o]);
     }
-  };
-  int k = 0;
-  for (; k + 2 * kLanes <= inputs; k += 2 * kLanes) {
-    if constexpr (kPrefetches) {
-      if (sizeof(T) == 4 || k % (4 * kLanes) == 0) __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kPrefetch);
-    }
-    step(k, Eight{}, &Sums::even);
-    step(k + kLanes, Eight{}, &Sums::odd);
-  }
-  if (k + kLanes <= inputs) {
-    step(k, Eight{}, &Sums::even);
-    if (k + kLanes < inputs) step(k + kLanes, inputs - k - kLanes, &Sums::odd);
-  } else if (k < inputs) {
-    step(k, inputs - k, &Sums::even);
-  }
+  });
 }
 
 // One output after the other: a single stream through the memory is what it reads fastest.
 template <class T>
 void dot_row(const T* w, int inputs, const float* x, float* y, Range outputs) {
   for (int o = outputs.begin; o < outputs.end; ++o) {
-    Sums sums[1][1];
+    f8 sums[1][1] = {};
     dot<1, 1, true>(x, 0, w + int64_t{o} * inputs, inputs, inputs, sums);
-    y[o] = sums[0][0].total();
+    y[o] = sum(sums[0][0]);
   }
 }
 
@@ -86,30 +68,25 @@ void dot_row(const T* w, int inputs, const float* x, float* y, Range outputs) {
 template <int R, int O>
 void dot_tile(const float* x, int64_t ldx, const float* w, int64_t ldw, int inputs, float* aside, bool is_first,
               bool is_last, float* y, int64_t ldy) {
-  Sums sums[R][O];
-  for (int i = 0; i < R * O && !is_first; ++i) {
-    sums[i / O][i % O] = {load(aside + 2 * i * kLanes), load(aside + (2 * i + 1) * kLanes)};
-  }
+  f8 sums[R][O] = {};
+  for (int i = 0; i < R * O && !is_first; ++i) sums[i / O][i % O] = load(aside + i * kLanes);
   dot<R, O, false>(x, ldx, w, ldw, inputs, sums);
   for (int i = 0; i < R * O; ++i) {
-    const Sums& found = sums[i / O][i % O];
     if (is_last) {
-      y[i / O * ldy + i % O] = found.total();
+      y[i / O * ldy + i % O] = sum(sums[i / O][i % O]);
     } else {
-      store(aside + 2 * i * kLanes, found.even);
-      store(aside + (2 * i + 1) * kLanes, found.odd);
+      store(aside + i * kLanes, sums[i / O][i % O]);
     }
   }
 }
 
-constexpr int kTileRows = 3, kTileOutputs = 2;
+constexpr int kTileRows = 6, kTileOutputs = 2;
 using DotTile = void (*)(const float*, int64_t, const float*, int64_t, int, float*, bool, bool, float*, int64_t);
 constexpr DotTile kDotTiles[kTileRows][kTileOutputs] = {
-    {dot_tile<1, 1>, dot_tile<1, 2>},
-    {dot_tile<2, 1>, dot_tile<2, 2>},
-    {dot_tile<3, 1>, dot_tile<3, 2>},
+    {dot_tile<1, 1>, dot_tile<1, 2>}, {dot_tile<2, 1>, dot_tile<2, 2>}, {dot_tile<3, 1>, dot_tile<3, 2>},
+    {dot_tile<4, 1>, dot_tile<4, 2>}, {dot_tile<5, 1>, dot_tile<5, 2>}, {dot_tile<6, 1>, dot_tile<6, 2>},
 };
-constexpr size_t kDotFloats = size_t{kOutputs} * kDeep + size_t{kRowsDeep} * kOutputs * 2 * kLanes;
+constexpr size_t kDotFloats = size_t{kOutputs} * kDeep + size_t{kRowsDeep} * kOutputs * kLanes;
 
 template <class T>
 void dot_rows(const T* w, int inputs, const float* x, int rows, float* y, int64_t ldy, Range outputs, float* scratch) {
@@ -140,7 +117,7 @@ void dot_rows(const T* w, int inputs, const float* x, int rows, float* y, int64_
             const int O = std::min(kTileOutputs, n - o);
             kDotTiles[R - 1][O - 1](x + int64_t{row} * inputs + first, inputs, near + o * ldw, ldw, depth, put,
                                     first == 0, first + depth == inputs, y + row * ldy + begin + o, ldy);
-            put += R * O * 2 * kLanes;
+            put += R * O * kLanes;
           }
         }
       }
