@@ -20,6 +20,7 @@ import wkv
 from wkv.config import Config, RWKV4Config, RWKV7Config
 from wkv.errors import BackendError, InputError, StateError
 from wkv.models import RWKV, build, compiled, rwkv7
+from wkv.models.quantized import quantize
 from wkv.ops import native, use_backend
 from wkv.state import LayerState, State
 
@@ -266,6 +267,18 @@ def test_products_of_any_size_and_layout(dtype: torch.dtype, data: st.DataObject
     assert y.dtype == dtype
     assert ((y.double() - exact).abs() <= 2e-6 * scale + torch.finfo(dtype).eps * exact.abs()).all()
     assert torch.equal(alone[0], y[-1])
+
+
+@torch.no_grad()
+def test_vectors_of_another_width_are_torchs_error_and_no_read_beyond_the_edge() -> None:
+    model = small_model(SHAPES["7"], dtype=torch.float32)
+    for layer in (
+        model.head,
+        model.ln_out,
+        quantize(small_model(SHAPES["7"], dtype=torch.float32), "int8").head,
+    ):
+        with pytest.raises(RuntimeError):
+            layer(torch.zeros(1, model.config.n_embd - 1))
 
 
 @torch.no_grad()

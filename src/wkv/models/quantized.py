@@ -85,7 +85,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the format of x."""
-        if native.takes_quantized(x, self.weight):
+        if x.shape[-1:] == (self.n_in,) and native.takes_quantized(x, self.weight):
             return native.quantized_product(x, self.weight, self.scales, self.bits, self.n_out, self.by_input)
         return F.linear(x, self.dequantized().to(x.dtype))
 

@@ -66,6 +66,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     return (
         weight.dtype in FORMATS
         and x.dtype == weight.dtype
+        and x.shape[-1:] == weight.shape[-1:]  # else torch says what is wrong
         and _takes(x, weight)
         and (weight.ndim < 2 or lies_by_input(weight) is not None)
     )
@@ -78,7 +79,7 @@ def takes_quantized(x: Tensor, weight: Tensor) -> bool:
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
     return (
-        weight.device.type == "cpu"
+        weight.device.type == x.device.type == "cpu"
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
