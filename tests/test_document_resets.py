@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from itertools import pairwise
 from typing import Any
@@ -120,12 +121,15 @@ def test_a_packed_document_has_the_logits_and_gradients_of_the_document_alone(
 def test_in_float32_the_two_differ_by_rounding_only(name: str) -> None:
     model = small_model(name, dtype=torch.float32)
     tokens, starts = random_tokens(model, 4, 100), random_starts(4, 100, 0.06)
+    exact, _ = copy.deepcopy(model).double()(tokens, starts=starts)
     packed, _ = model(tokens, starts=starts)
+    apart = torch.empty_like(packed)
     for row, a, b in pieces(starts, None):
-        logits, _ = model(tokens[row : row + 1, a:b])
-        # Some 20 roundings a layer over 3 layers, each of which may double before the head.
-        tolerance = 120 * torch.finfo(torch.float32).eps * float(packed.std())
-        assert float((packed[row, a:b] - logits[0]).abs().max()) < tolerance
+        apart[row, a:b], _ = model(tokens[row : row + 1, a:b])
+    # How far rounding carries is the model's own matter: measured on the documents alone.
+    rounding = max(float((apart - exact).abs().max()), float(exact.std()) * torch.finfo(torch.float32).eps)
+    assert rounding < 1e-2 * float(exact.std())
+    assert float((packed - exact).abs().max()) < 5 * rounding
 
 
 @pytest.mark.parametrize("name", CONFIGS)
