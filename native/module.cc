@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "engine.h"
+#include "operators.h"
 
 namespace nb = nanobind;
 
@@ -230,6 +231,57 @@ float read(const std::string& name, Address data, int64_t n, int threads) {
   return chosen.read(reinterpret_cast<const float*>(data), n, threads);
 }
 
+const Operators& operators(const std::string& name) {
+  [[maybe_unused]] const Engine& chosen = engine(name);
+#if defined(WKV_HAS_AVX2)
+  if (&chosen == &avx2::engine) return avx2::operators;
+#endif
+  return portable::operators;
+}
+
+using Sizes = std::tuple<int, int, int, int, int>;  // B, T, H, K, V
+
+// Runs use(operators, tokens, in, out, scratch), where in(i) and out(i) are the arrays at these addresses.
+template <class Use>
+void operate(const std::string& name, const Sizes& sizes, Address lengths, const std::vector<Address>& inputs,
+             const std::vector<Address>& outputs, int threads, Use&& use) {
+  const Operators& chosen = operators(name);
+  nb::gil_scoped_release release;
+  const auto [B, T, H, K, V] = sizes;
+  const Tokens tokens{B, T, H, K, V, reinterpret_cast<const int64_t*>(lengths)};
+  const auto in = [&](size_t i) { return reinterpret_cast<const float*>(inputs.at(i)); };
+  const auto out = [&](size_t i) { return reinterpret_cast<float*>(outputs.at(i)); };
+  use(chosen, tokens, in, out, scratch(chosen.scratch_floats(tokens, threads)));
+}
+
+void wkv4(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
+          const std::vector<Address>& outputs, bool backward, int threads) {
+  operate(name, sizes, lengths, inputs, outputs, threads, [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
+    const Wkv4 arrays{in(0), in(1), in(2), in(3), in(4)};
+    if (!backward) return chosen.wkv4(tokens, arrays, out(0), out(1), free, threads);
+    chosen.wkv4_backward(tokens, arrays, in(5), in(6), {out(0), out(1), out(2), out(3), out(4)}, free, threads);
+  });
+}
+
+void wkv6(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
+          const std::vector<Address>& outputs, bool backward, bool constant_decay, int threads) {
+  operate(name, sizes, lengths, inputs, outputs, threads, [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
+    const Wkv6 arrays{in(0), in(1), in(2), in(3), in(4), in(5), constant_decay};
+    if (!backward) return chosen.wkv6(tokens, arrays, out(0), out(1), free, threads);
+    chosen.wkv6_backward(tokens, arrays, in(6), in(7), {out(0), out(1), out(2), out(3), out(4), out(5)}, free, threads);
+  });
+}
+
+void wkv7(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
+          const std::vector<Address>& outputs, bool backward, int threads) {
+  operate(name, sizes, lengths, inputs, outputs, threads, [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
+    const Wkv7 arrays{in(0), in(1), in(2), in(3), in(4), in(5), in(6)};
+    if (!backward) return chosen.wkv7(tokens, arrays, out(0), out(1), free, threads);
+    const Wkv7Gradients gradients{out(0), out(1), out(2), out(3), out(4), out(5), out(6)};
+    chosen.wkv7_backward(tokens, arrays, in(7), in(8), gradients, free, threads);
+  });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -239,6 +291,9 @@ NB_MODULE(_native, m) {
   m.def("normalize", &normalize);
   m.def("read", &read);
   m.def("convert", &convert);
+  m.def("wkv4", &wkv4);
+  m.def("wkv6", &wkv6);
+  m.def("wkv7", &wkv7);
   nb::class_<CompiledModel>(m, "Model")
       .def(nb::init<nb::list, nb::dict, float, float, const std::string&>())
       .def("run", &CompiledModel::run);

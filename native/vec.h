@@ -105,6 +105,21 @@ inline f8 max(f8 a, f8 b) { return a > b ? a : b; }
 // In a fixed order, so that a sum never depends on who computes it.
 inline float sum(f8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
+// The sums of eight vectors, in one such order for each.
+inline f8 sums(const f8 (&x)[kLanes]) {
+#if defined(__AVX2__)
+  const auto pairs = [](f8 a, f8 b) { return _mm256_hadd_ps(a, b); };
+  const f8 low = pairs(pairs(x[0], x[1]), pairs(x[2], x[3])), high = pairs(pairs(x[4], x[5]), pairs(x[6], x[7]));
+  return _mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31);
+#else
+  f8 all;
+  for (int i = 0; i < kLanes; ++i) {
+    all[i] = ((x[i][0] + x[i][1]) + (x[i][2] + x[i][3])) + ((x[i][4] + x[i][5]) + (x[i][6] + x[i][7]));
+  }
+  return all;
+#endif
+}
+
 // e^x to 1.5 units in the last place; 0 below -87.3, e^88.7 above 88.7.
 inline f8 exp(f8 x) {
   const f8 clamped = min(max(x, f8{} - 87.3f), f8{} + 88.7f);

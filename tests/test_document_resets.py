@@ -186,8 +186,10 @@ def test_recomputed_blocks_see_the_same_documents(name: str) -> None:
 def test_every_backend_reads_segments_apart(name: str, row: str, device: torch.device) -> None:
     B, T = 3, 80
     operator = OPERATORS[name]
-    inputs = arguments(name, B, T, device=device)
-    fresh = arguments(name, 1, T, device=device, seed=1, fresh=True)[-1].detach().requires_grad_()
+    dtype, tolerance = (torch.float32, 1e-4) if row == "native" else (torch.float64, 1e-11)
+    inputs = arguments(name, B, T, device=device, dtype=dtype)
+    fresh = arguments(name, 1, T, device=device, dtype=dtype, seed=1, fresh=True)[-1]
+    fresh = fresh.detach().requires_grad_()
     starts, lengths = random_starts(B, T, 0.05), torch.tensor([80, 33, 64])
     segments = Segments.of(starts.to(device), lengths.to(device))
     states = segments.initial(inputs[-1], fresh)
@@ -201,12 +203,12 @@ def test_every_backend_reads_segments_apart(name: str, row: str, device: torch.d
         y, finals[b] = operator.run(*operator.piece([*rows, state], begin, end, state), backend="reference")
         outputs[b, begin:end] = y[0]
     expected = meaning(name, (outputs, torch.cat([finals[b] for b in range(B)])))
-    assert largest_error(found, expected) < 1e-11
+    assert largest_error(found, expected) < tolerance
 
     seeds = [torch.randn_like(x) for x in found]
     wanted = [*inputs, fresh]
     pairs = (torch.autograd.grad(x, wanted, seeds, materialize_grads=True) for x in (found, expected))
-    assert largest_error(*pairs) < 1e-11
+    assert largest_error(*pairs) < tolerance
 
 
 def test_calls_are_filled_up_less_than_twofold_and_rows_of_one_document_are_not_copied() -> None:

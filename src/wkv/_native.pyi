@@ -30,6 +30,37 @@ def normalize(
     threads: int,
     /,
 ) -> None: ...
+def wkv4(
+    engine: str,
+    sizes: tuple[int, int, int, int, int],
+    lengths: int,
+    inputs: list[int],
+    outputs: list[int],
+    backward: bool,
+    threads: int,
+    /,
+) -> None: ...
+def wkv6(
+    engine: str,
+    sizes: tuple[int, int, int, int, int],
+    lengths: int,
+    inputs: list[int],
+    outputs: list[int],
+    backward: bool,
+    constant_decay: bool,
+    threads: int,
+    /,
+) -> None: ...
+def wkv7(
+    engine: str,
+    sizes: tuple[int, int, int, int, int],
+    lengths: int,
+    inputs: list[int],
+    outputs: list[int],
+    backward: bool,
+    threads: int,
+    /,
+) -> None: ...
 
 class Model:
     def __init__(

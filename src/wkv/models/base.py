@@ -217,13 +217,11 @@ class RWKV(nn.Module):
     def _compiled(self, state: State, *, padded: bool) -> CompiledModel | None:
         """The model in the compiled engine's hands, where it does all that is asked for here."""
         backend = named_backend()
-        if backend not in (None, "native"):
-            return None
+        if backend not in (None, "native") or torch.is_grad_enabled():
+            return None  # with gradients, "native" names rows of the operators
         reason = None
         if padded:
             reason = "padding, or sequences that start within a row"
-        elif torch.is_grad_enabled():
-            reason = "gradients are wanted: torch.inference_mode() says that they are not"
         elif torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             reason = "torch.compile or autocast is at work"
         if reason is None:

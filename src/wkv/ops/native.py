@@ -1,9 +1,11 @@
-"""The compiled engine: whole models and matrix products on the CPU, where no gradient is wanted.
+"""The compiled engine on the CPU: whole models and matrix products, where no gradient is wanted, and the
+operators wkv4 to wkv7 forward and backward.
 
     why_not()             None where it runs, else the reason
     engines()             the instruction sets that this processor has, best first
     product(x, W)         x W^T
     Model(...)            a whole model; `wkv.models.compiled` builds it
+    wkv4, wkv6, wkv7      the operators on plain tensors; the rows "native" of `wkv.ops` call them
 
 Nothing here is needed: without the extension (an installation without a compiler) torch does it all, more
 slowly. Sums are float32 whatever the format of the weights; each row's result is the same, bit for bit,
@@ -19,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .dispatch import Call
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Format of engine.h
 QUANTIZED = {8: 3, 4: 4}  # by bits; the same enum
@@ -227,6 +231,67 @@ class Model:
                 threads(),
             )
         )
+
+
+def refuses(call: Call) -> str | None:
+    """Why an operator's row "native" would not run this call."""
+    if reason := why_not():
+        return reason
+    if call.device.type != "cpu":
+        return f"the tensors are on {call.device}, not on the CPU"
+    if call.dtype != torch.float32:
+        return f"{call.dtype}: it sums in float32 alone"
+    return None
+
+
+def empty_like(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous tensors of these shapes, to be filled."""
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+
+
+def wkv4(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], lengths: Tensor | None, *, backward: bool
+) -> None:
+    """Fill `outputs` (y, state; backward: gradients) from `inputs` (log_w, u, k, v, state; dy, dstate)."""
+    B, T, A = inputs[2].shape
+    _operate("wkv4", (B, T, 1, A, 1), inputs, outputs, lengths, backward)
+
+
+def wkv6(
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    lengths: Tensor | None,
+    *,
+    backward: bool,
+    constant_decay: bool,
+) -> None:
+    """The same for r, log_w, k, v, u, state, where log_w may be (H, K)."""
+    _operate(
+        "wkv6", (*inputs[0].shape, inputs[3].shape[-1]), inputs, outputs, lengths, backward, constant_decay
+    )
+
+
+def wkv7(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], lengths: Tensor | None, *, backward: bool
+) -> None:
+    """The same for r, log_w, k, v, kappa, a, state."""
+    _operate("wkv7", (*inputs[0].shape, inputs[3].shape[-1]), inputs, outputs, lengths, backward)
+
+
+def _operate(
+    name: str,
+    sizes: tuple[int, ...],
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    lengths: Tensor | None,
+    *options: bool,
+) -> None:
+    """float32 each; the outputs contiguous, the inputs made so."""
+    inputs = [x.contiguous() for x in inputs]
+    places = [x.data_ptr() for x in inputs], [x.data_ptr() for x in outputs]
+    rows = None if lengths is None else lengths.contiguous()
+    run = getattr(_engine(), name)
+    run(engines()[0], sizes, 0 if rows is None else rows.data_ptr(), *places, *options, threads())
 
 
 def _place(part: Stored | int) -> tuple[int, int, bool] | int:

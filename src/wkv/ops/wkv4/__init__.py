@@ -15,15 +15,20 @@ from torch import Tensor
 
 from ..common import cast, check_lengths, check_shapes, check_state_dtype, make_call, sum_dtype
 from ..dispatch import Backend, Operator, never, short_sequence
+from ..native import refuses
 from ..segments import Segments
-from . import reference, scan
+from . import native, reference, scan
 from .reference import EMPTY
 
 __all__ = ["EMPTY", "OPERATOR", "wkv4"]
 
 OPERATOR = Operator(
     "wkv4",
-    (Backend("scan", scan.run, short_sequence), Backend("reference", reference.run, never)),
+    (
+        Backend("native", native.run, refuses),
+        Backend("scan", scan.run, short_sequence),
+        Backend("reference", reference.run, never),
+    ),
 )
 
 

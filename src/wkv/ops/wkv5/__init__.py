@@ -16,11 +16,13 @@ from torch import Tensor
 from .. import wkv6
 from ..common import check_shapes
 from ..dispatch import Backend, Operator, never, short_sequence
+from ..native import refuses
 from ..segments import Segments
 
 OPERATOR = Operator(
     "wkv5",
     (
+        Backend("native", wkv6.native.run, refuses),
         Backend("chunked", wkv6.chunked.run, short_sequence),
         Backend("reference", wkv6.reference.run, never),
     ),

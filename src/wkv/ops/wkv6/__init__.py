@@ -16,12 +16,17 @@ from torch import Tensor
 
 from ..common import cast, check_lengths, check_shapes, check_state_dtype, make_call, sum_dtype
 from ..dispatch import Backend, Operator, never, short_sequence
+from ..native import refuses
 from ..segments import Segments
-from . import chunked, reference
+from . import chunked, native, reference
 
 OPERATOR = Operator(
     "wkv6",
-    (Backend("chunked", chunked.run, short_sequence), Backend("reference", reference.run, never)),
+    (
+        Backend("native", native.run, refuses),
+        Backend("chunked", chunked.run, short_sequence),
+        Backend("reference", reference.run, never),
+    ),
 )
 
 

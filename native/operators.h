@@ -1,0 +1,63 @@
+// The recurrences over whole sequences, forward and backward, for each instruction set: what training runs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace wkv {
+
+// B rows of T tokens, contiguous. Of wkv4 H = V = 1, and K are the channels.
+struct Tokens {
+  int B, T, H, K, V;
+  const int64_t* lengths;  // (B,) valid tokens of each row, or null: all T
+
+  int length(int row) const { return lengths ? static_cast<int>(lengths[row]) : T; }
+};
+
+// Arrays of float, as the docstrings of wkv.ops name and shape them. A gradient has the shape of what it is of.
+struct Wkv4 {
+  const float *log_w, *u, *k, *v, *state;
+};
+struct Wkv4Gradients {
+  float *log_w, *u;  // (B, A): of each row
+  float *k, *v, *state;
+};
+
+struct Wkv6 {
+  const float *r, *log_w, *k, *v, *u, *state;
+  bool constant_decay;  // log_w is (H, K), as in RWKV-5
+};
+struct Wkv6Gradients {
+  float *r, *log_w, *k, *v;  // log_w is (B, H, K) where the decay is constant: of each row
+  float* u;                  // (B, H, K): of each row
+  float* state;
+};
+
+struct Wkv7 {
+  const float *r, *log_w, *k, *v, *kappa, *a, *state;
+};
+struct Wkv7Gradients {
+  float *r, *log_w, *k, *v, *kappa, *a, *state;
+};
+
+struct Operators {
+  size_t (*scratch_floats)(const Tokens&, int threads);  // that any of the others may use
+  void (*wkv4)(const Tokens&, const Wkv4&, float* y, float* state, float* scratch, int threads);
+  void (*wkv4_backward)(const Tokens&, const Wkv4&, const float* dy, const float* dstate, const Wkv4Gradients&,
+                        float* scratch, int threads);
+  void (*wkv6)(const Tokens&, const Wkv6&, float* y, float* state, float* scratch, int threads);
+  void (*wkv6_backward)(const Tokens&, const Wkv6&, const float* dy, const float* dstate, const Wkv6Gradients&,
+                        float* scratch, int threads);
+  void (*wkv7)(const Tokens&, const Wkv7&, float* y, float* state, float* scratch, int threads);
+  void (*wkv7_backward)(const Tokens&, const Wkv7&, const float* dy, const float* dstate, const Wkv7Gradients&,
+                        float* scratch, int threads);
+};
+
+namespace portable {
+extern const Operators operators;
+}
+namespace avx2 {
+extern const Operators operators;
+}
+
+}  // namespace wkv
