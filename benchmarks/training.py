@@ -1,6 +1,6 @@
 """Training steps of RWKV-4, 6 and 7 and of a GPT with as many parameters, side by side.
 
-    python benchmarks/training.py [--threads 2] [--rounds 3] [--models rwkv4 rwkv7] [--skip-memory]
+    python benchmarks/training.py [--threads 2] [--rounds 3] [--models rwkv4 rwkv7] [--recompute cheap]
     python benchmarks/training.py --profile
 
 6 layers of width 512, vocabulary 8192, float32. A step is forward, backward and AdamW, with the same loss
@@ -37,10 +37,11 @@ CONFIGS = {"rwkv4": wkv.RWKV4Config, "rwkv6": wkv.RWKV6Config, "rwkv7": wkv.RWKV
 class Training:
     """A model and what trains it. The name "rwkv7-gpt" is the GPT with as many parameters as "rwkv7"."""
 
-    def __init__(self, name: str, context: int) -> None:
+    def __init__(self, name: str, context: int, recompute: str) -> None:
         config = CONFIGS[name.removesuffix("-gpt")].of_size(**SIZES)
         self.name = name
         self.model: nn.Module = wkv.build(config)
+        self.model.recompute = recompute
         if name.endswith("-gpt"):
             self.model = as_large_as(count(self.model), context=context, **SIZES)
         self.optimizers = make_optimizers(self.model, lr=6e-4, weight_decay=0.1)
@@ -62,9 +63,9 @@ def random_tokens(B: int, T: int) -> Tensor:
     return torch.randint(SIZES["vocab_size"], (B, T + 1), generator=torch.Generator().manual_seed(0))
 
 
-def compare(name: str, B: int, T: int, rounds: int) -> str:
+def compare(name: str, B: int, T: int, rounds: int, recompute: str) -> str:
     tokens = random_tokens(B, T)
-    pair = Training(name, T), Training(f"{name}-gpt", T)
+    pair = Training(name, T, recompute), Training(f"{name}-gpt", T, recompute)
     for training in pair:
         training.step(tokens)
     times = [[training.seconds(tokens) for training in pair] for _ in range(rounds)]
@@ -74,9 +75,9 @@ def compare(name: str, B: int, T: int, rounds: int) -> str:
     return f"{name} ({sizes[0]}) {ours:5.0f} tokens/s, GPT ({sizes[1]}) {gpt:5.0f}: {ratio:.2f} x"
 
 
-def peak_bytes_per_token(name: str, B: int, T: int) -> float:
+def peak_bytes_per_token(name: str, B: int, T: int, recompute: str) -> float:
     """Of this process, which must be fresh."""
-    training = Training(name, T)
+    training = Training(name, T, recompute)
     training.step(random_tokens(1, 16))  # gradients and moments are there
     before = _memory("VmRSS")
     training.step(random_tokens(B, T))
@@ -89,8 +90,9 @@ def _memory(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def memory_in_a_fresh_process(name: str, B: int, T: int, threads: int) -> float:
-    command = [sys.executable, __file__, "--threads", str(threads), "--measure-memory", name, str(B), str(T)]
+def memory_in_a_fresh_process(name: str, B: int, T: int, args: argparse.Namespace) -> float:
+    command = [sys.executable, __file__, "--threads", str(args.threads), "--recompute", args.recompute]
+    command += ["--measure-memory", name, str(B), str(T)]
     return float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 
@@ -124,8 +126,8 @@ def kind_of(event: torch.autograd.profiler_util.FunctionEvent) -> str:
     return "elementwise" if names[0].startswith("aten::") else "overhead"
 
 
-def breakdown(name: str, B: int, T: int) -> str:
-    training, tokens = Training(name, T), random_tokens(B, T)
+def breakdown(name: str, B: int, T: int, recompute: str) -> str:
+    training, tokens = Training(name, T, recompute), random_tokens(B, T)
     training.step(tokens)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         training.step(tokens)
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--recompute", choices=("nothing", "cheap", "blocks"), default="nothing")
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--measure-memory", nargs=3, metavar=("MODEL", "B", "T"), help=argparse.SUPPRESS)
@@ -156,19 +159,19 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     if args.measure_memory:
         name, B, T = args.measure_memory
-        print(peak_bytes_per_token(name, int(B), int(T)))
+        print(peak_bytes_per_token(name, int(B), int(T), args.recompute))
         return
     for B, T in SHAPES:
         print(f"B x T = {B} x {T}", flush=True)
         for name in args.models:
             if args.profile:
                 for each in (name, f"{name}-gpt"):
-                    print(f"  {breakdown(each, B, T)}", flush=True)
+                    print(f"  {breakdown(each, B, T, args.recompute)}", flush=True)
                 continue
-            print(f"  {compare(name, B, T, args.rounds)}", flush=True)
+            print(f"  {compare(name, B, T, args.rounds, args.recompute)}", flush=True)
             if not args.skip_memory:
                 ours, gpt = (
-                    memory_in_a_fresh_process(each, B, T, args.threads) / 1024
+                    memory_in_a_fresh_process(each, B, T, args) / 1024
                     for each in (name, f"{name}-gpt")
                 )
                 print(f"  {name} {ours:.0f} KiB per token at the peak, GPT {gpt:.0f}", flush=True)

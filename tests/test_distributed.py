@@ -157,9 +157,9 @@ def test_four_processes_go_on_where_two_stopped(one, two, tmp_path):
 def test_four_processes_learn_what_one_does(one, tmp_path):
     jobs = [
         {"folder": "hybrid-v4", "parallel": "shard", "shard_over": 2, **RUNS["v4"]},
-        {"folder": "hybrid-v7", "parallel": "shard", "shard_over": 2, "recompute": True, **RUNS["v7"]},
+        {"folder": "hybrid-v7", "parallel": "shard", "shard_over": 2, "recompute": "blocks", **RUNS["v7"]},
         {"folder": "replicate-v4", "parallel": "replicate", **RUNS["v4"]},
-        {"folder": "context-v7", "parallel": "context", "recompute": True, **RUNS["v7"]},
+        {"folder": "context-v7", "parallel": "context", "recompute": "blocks", **RUNS["v7"]},
     ]
     succeed(4, tmp_path, jobs)
     for job in jobs:

@@ -11,6 +11,7 @@ from small_models import CONFIGS, random_tokens, small_model
 from torch import Tensor
 
 from wkv.models import RWKV
+from wkv.models.base import Recompute
 from wkv.training.loss import linear_cross_entropy
 
 
@@ -25,15 +26,18 @@ def result(model: RWKV, tokens: Tensor, **settings: Any) -> list[Tensor]:
     return [loss.detach(), *(x.detach() for layer in state.layers for x in layer), *gradients]
 
 
-@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("recompute", ["cheap", "blocks"])
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("generation", sorted(CONFIGS))
-def test_blocks_that_are_computed_again_give_the_same_bits(generation: str, precision: torch.dtype) -> None:
+def test_what_is_computed_again_gives_the_same_bits(
+    generation: str, precision: torch.dtype, recompute: Recompute
+) -> None:
     model = small_model(generation, dtype=torch.float64 if precision == torch.float64 else torch.float32)
     tokens = random_tokens(model, 3, 24)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16)
     with autocast if precision == torch.bfloat16 else contextlib.nullcontext():
         expected = result(model, tokens, lengths=torch.tensor([18, 7, 12]))
-        model.recompute = True
+        model.recompute = recompute
         found = result(model, tokens, lengths=torch.tensor([18, 7, 12]))
     assert len(found) == len(expected) > 10
     for a, b in zip(found, expected, strict=True):
@@ -57,7 +61,7 @@ def test_what_blocks_keep_for_the_backward_does_not_grow_with_what_they_compute(
         return sum(sizes.values())
 
     whole = kept()
-    model.recompute = True
+    model.recompute = "blocks"
     assert kept() < 0.3 * whole
 
 
@@ -68,9 +72,9 @@ def test_without_gradients_or_the_setting_nothing_is_recomputed(monkeypatch: pyt
     monkeypatch.setattr("wkv.models.base.checkpoint", refused)
     model = small_model("7")
     tokens = random_tokens(model, 1, 6)
-    assert model.recompute is False
+    assert model.recompute == "nothing"
     model(tokens)
-    model.recompute = True
+    model.recompute = "cheap"
     with torch.no_grad():
         model(tokens)
     with pytest.raises(AssertionError, match="checkpoint was called"):

@@ -15,7 +15,7 @@ def test_settings_survive_a_trip_through_toml():
     tables = {
         "model": ModelSettings(init='a "quoted" näme\\with\nlines\x7f.pth', n_layer=3),
         "data": DataSettings(data=("one", "two"), held_out=0.25),
-        "training": TrainConfig(tokens=7, minutes=2.5, recompute=True, adam_eps=1e-18, schedule="wsd"),
+        "training": TrainConfig(tokens=7, minutes=2.5, recompute="cheap", adam_eps=1e-18, schedule="wsd"),
     }
     back = tomllib.loads(to_toml(tables))
     assert ModelSettings.from_dict(back["model"]) == tables["model"]
@@ -46,7 +46,7 @@ def test_a_misspelt_setting_names_the_nearest():
         ("learning_rate", float("nan"), "a number from 0"),
         ("final", 1.5, "a number from 0 to 1"),
         ("order", "random", "one of 'magic', 'shuffled', 'documents', 'streams'"),
-        ("recompute", 1, "true or false"),
+        ("recompute", True, "one of 'nothing', 'cheap'"),
         ("minutes", 0, "leaving it out"),
         ("micro_batch", 0, "leaving it out"),
     ],

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..models import RWKV
 from ..ops import Segments
@@ -44,16 +43,11 @@ def read(
         state = model.initial_state(len(tokens))
     x, v_first = model.emb(tokens), None
     layers = []
-    recompute = model.recompute and torch.is_grad_enabled()
-    for block, layer in zip(model.blocks, state.layers, strict=True):
+    for block, layer in zip(model._blocks(), state.layers, strict=True):
         if group.rank > 0:
             x, *received = _Receive.apply(group.rank - 1, x, *layer)  # type: ignore[no-untyped-call]
             layer = LayerState(*received)
-        inputs = x, v_first, layer, segments
-        if recompute:
-            x, v_first, layer = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x, v_first, layer = block(*inputs)
+        x, v_first, layer = model.run_block(block, x, v_first, layer, segments)
         if group.rank < group.size - 1:
             x = _Send.apply(group.rank + 1, x, *layer)  # type: ignore[no-untyped-call]
         layers.append(layer)
