@@ -97,35 +97,45 @@ inline Tile tile(const Team& team, int rows, int width) {
 struct Mixes {
   int n;
   const Array* weights;  // n of them, (D)
-  bool from_before;      // generation 4 gives the share of x itself, generation 7 that of the token before
+  bool from_before;      // generations 4 and 5 give the share of x itself, 6 and 7 that of the token before
 };
 
-// normed (rows, D) = norm(x) in the format of the state; mixed (n, rows, D). Ends with everything in place.
+// What the newest input of every sequence was, and is to be.
+struct Shift {
+  Array in;
+  MutableArray out;
+  Array before(const Sequence& sequence) const { return sequence.goes_on ? Array{out.data, out.format} : in; }
+};
+
+// normed (rows, D) = norm(x) in the format of the state; mixed (n, rows, D); step (rows, D), if wanted: the token
+// before less x. Ends with everything in place.
 inline void shift_and_mix(Team& team, const Norm& norm, const Mixes& mixes, const BlockIO& io, int D,
-                          const Array& shift_in, float* normed, float* mixed) {
+                          const Shift& shift, float* normed, float* mixed, float* step = nullptr) {
   const Batch& batch = io.batch;
   const Tile part = tile(team, batch.rows, D);
   for (int row = part.rows.begin; row < part.rows.end; ++row) {
     const float* x = io.x + int64_t{row} * D;
     const Moments m = moments(x, D, norm.eps, norm.bias.data != nullptr);
     for_eights(part.columns.begin, part.columns.end, [&](int i, auto count) {
-      store(normed + int64_t{row} * D + i, rounded(normalized(norm, m, x, i, count), shift_in.format, count), count);
+      store(normed + int64_t{row} * D + i, rounded(normalized(norm, m, x, i, count), shift.in.format, count), count);
     });
   }
   if (part.by_rows) team.sync();  // the row before may be another's
   for (int s = 0; s < batch.n_sequences; ++s) {
     const Sequence& sequence = batch.sequences[s];
+    const Array shifted = shift.before(sequence);
     const int end = std::min(sequence.end, part.rows.end);
     for (int row = std::max(sequence.begin, part.rows.begin); row < end; ++row) {
       const float* now = normed + int64_t{row} * D;
       for_eights(part.columns.begin, part.columns.end, [&](int i, auto count) {
         const f8 x = load(now + i, count);
-        const f8 before = row > sequence.begin ? load(now - D + i, count) : load(shift_in, sequence.from * D + i, count);
+        const f8 before = row > sequence.begin ? load(now - D + i, count) : load(shifted, sequence.from * D + i, count);
         const f8 a = mixes.from_before ? x : before, b = mixes.from_before ? before : x;
         for (int use = 0; use < mixes.n; ++use) {
           const f8 y = a + (b - a) * load(mixes.weights[use], i, count);
           store(mixed + (int64_t{use} * batch.rows + row) * D + i, y, count);
         }
+        if (step) store(step + int64_t{row} * D + i, before - x, count);
       });
     }
   }
@@ -133,12 +143,12 @@ inline void shift_and_mix(Team& team, const Norm& norm, const Mixes& mixes, cons
 }
 
 // The newest input of every sequence, for the next call. Not before everybody has read what the last call left.
-inline void keep_last(const Team& team, const BlockIO& io, int D, const float* normed, const MutableArray& shift_out) {
+inline void keep_last(const Team& team, const BlockIO& io, int D, const float* normed, const Shift& shift) {
   const Range columns = team.share(D, kGrain);
   for (int s = 0; s < io.batch.n_sequences; ++s) {
     const Sequence& sequence = io.batch.sequences[s];
     for_eights(columns.begin, columns.end, [&](int i, auto count) {
-      store(shift_out, sequence.to * D + i, load(normed + int64_t{sequence.end - 1} * D + i, count), count);
+      store(shift.out, sequence.to * D + i, load(normed + int64_t{sequence.end - 1} * D + i, count), count);
     });
   }
 }
@@ -162,6 +172,19 @@ inline void add(float* x, const float* y, int rows, int D, Range columns) {
   }
 }
 
+// y (rows, W.outputs) = f(x W), this thread's part of the outputs.
+template <class F>
+inline void multiply_each(const Team& team, const Matrix& W, const float* x, int rows, float* y, float* packed, F&& f) {
+  const Range mine = team.share(W.outputs, kGrain);
+  multiply(W, x, rows, y, mine, packed);
+  for_each(y, rows, W.outputs, mine, f);
+}
+
+// The memories among which is the one that the sequence goes on from.
+inline const float* memory_before(const BlockIO& io, const Sequence& sequence) {
+  return sequence.goes_on ? io.memory_out : io.memory_in;
+}
+
 // --- time mix of generation 4 -------------------------------------------------------------------------------
 
 inline void time_mix4(Team& team, const Block& block, const BlockIO& io, Scratch scratch, float* packed) {
@@ -174,9 +197,10 @@ inline void time_mix4(Team& team, const Block& block, const BlockIO& io, Scratch
   float* r = scratch.take(int64_t{rows} * A);
   float* out = scratch.take(int64_t{rows} * D);
   const Array weights[] = {att.mix_k, att.mix_v, att.mix_r};
-  shift_and_mix(team, block.ln1, {3, weights, false}, io, D, io.att_shift_in, normed, mixed);
+  const Shift shift{io.att_shift_in, io.att_shift_out};
+  shift_and_mix(team, block.ln1, {3, weights, false}, io, D, shift, normed, mixed);
 
-  keep_last(team, io, D, normed, io.att_shift_out);
+  keep_last(team, io, D, normed, shift);
   const Range mine = team.share(A, kGrain);
   const int64_t size = int64_t{rows} * D;
   multiply(att.key, mixed, rows, k, mine, packed);
@@ -185,7 +209,7 @@ inline void time_mix4(Team& team, const Block& block, const BlockIO& io, Scratch
   // The sums are kept as aa e^pp and bb e^pp, so that no exponential overflows.
   for (int s = 0; s < io.batch.n_sequences; ++s) {
     const Sequence& sequence = io.batch.sequences[s];
-    const float* from = io.memory_in + sequence.from * 3 * A;
+    const float* from = memory_before(io, sequence) + sequence.from * 3 * A;
     float* to = io.memory_out + sequence.to * 3 * A;
     for_eights(mine.begin, mine.end, [&](int i, auto count) {
       f8 aa = load(from + i, count), bb = load(from + A + i, count), pp = load(from + 2 * A + i, count);
@@ -214,6 +238,149 @@ inline void time_mix4(Team& team, const Block& block, const BlockIO& io, Scratch
   team.sync();
 }
 
+// --- time mix of generations 5 and 6 --------------------------------------------------------------------------
+
+// One token of one head: y = S r + own v; S <- S diag(w) + v k^T. S is (V, K).
+inline void recall(const float* from, float* to, int N, const float* r, const float* w, const float* k, const float* v,
+                   float own, float* y) {
+  for (int row = 0; row < N; ++row) {
+    const float* S = from + row * N;
+    float* S_new = to + row * N;
+    const float found = total(N, [&](int i, auto count) {
+      const f8 old = load(S + i, count);
+      store(S_new + i, old * load(w + i, count) + v[row] * load(k + i, count), count);
+      return old * load(r + i, count);
+    });
+    y[row] = found + own * v[row];
+  }
+}
+
+// What every token of a head reads, normalised and behind its gate: over r. decay (rows, A), what a token adds to
+// the decay's parameter, is changed; null: nothing. gate null: none.
+inline void read_head(const Block& block, const BlockIO& io, int head, float* r, const float* k, const float* v,
+                      float* decay, const float* gate) {
+  const TimeMix6& att = block.att6;
+  const int A = block.attention, N = block.head_size, channel = head * N;
+  const int64_t head_size = int64_t{N} * N, memory_size = block.n_head * head_size;
+  const auto parameter = [&](const Array& array, int i, auto count) {
+    return att.is_per_head ? f8{} + load(array, head, 1)[0] : load(array, channel + i, count);
+  };
+  float u[kLargestHead], w[kLargestHead], y[kLargestHead];
+  for_eights(0, N, [&](int i, auto count) {
+    const f8 first = parameter(att.first, i, count);
+    store(u + i, att.first_is_log ? exp(first) : first, count);
+    store(w + i, exp(-exp(parameter(att.decay, i, count))), count);
+  });
+  for (int s = 0; s < io.batch.n_sequences; ++s) {
+    const Sequence& sequence = io.batch.sequences[s];
+    const float* from = memory_before(io, sequence) + sequence.from * memory_size + head * head_size;
+    float* to = io.memory_out + sequence.to * memory_size + head * head_size;
+    for (int row = sequence.begin; row < sequence.end; ++row) {
+      const int64_t at = int64_t{row} * A + channel;
+      const float own = total(N, [&](int i, auto count) {
+        if (decay) {
+          const f8 omega = load(att.decay, channel + i, count) + load(decay + at + i, count);
+          store(w + i, exp(-exp(omega)), count);
+        }
+        return load(r + at + i, count) * load(u + i, count) * load(k + at + i, count);
+      });
+      recall(row == sequence.begin ? from : to, to, N, r + at, w, k + at, v + at, own, y);
+      const Moments m = moments(y, N, att.ln_x.eps, true);
+      for_eights(0, N, [&](int i, auto count) {
+        const f8 spread = (load(y + i, count) - m.mean) * m.scale;
+        f8 answer = spread * load(att.ln_x.weight, channel + i, count) + load(att.ln_x.bias, channel + i, count);
+        if (gate) {
+          const f8 g = load(gate + at + i, count);
+          answer = answer * (g * sigmoid(g));
+        }
+        store(r + at + i, answer, count);
+      });
+    }
+  }
+}
+
+// Generation 6: the five mixes, each with a low-rank correction that the token decides. mixed (6, rows, D), of which
+// the last is the input of the corrections. Ends with everything in place.
+inline void mix_by_data(Team& team, const TimeMix6& att, int rows, int D, const float* normed, const float* step,
+                        float* mixed, Scratch& scratch, float* packed) {
+  const int all = att.mix_down.outputs, rank = all / 5;
+  const int64_t size = int64_t{rows} * D, size_low = int64_t{rows} * rank;
+  float* low = scratch.take(int64_t{rows} * all);
+  float* apart = scratch.take(int64_t{rows} * all);  // (5, rows, rank)
+  const Range mine = team.share(all, kGrain);
+  multiply(att.mix_down, mixed + 5 * size, rows, low, mine, packed);
+  for (int row = 0; row < rows; ++row) {
+    for (int use = mine.begin / rank; use * rank < mine.end; ++use) {
+      const int begin = std::max(mine.begin, use * rank), end = std::min(mine.end, (use + 1) * rank);
+      for_eights(begin, end, [&](int i, auto count) {
+        store(apart + use * size_low + int64_t{row} * rank + i - use * rank, tanh(load(low + int64_t{row} * all + i, count)), count);
+      });
+    }
+  }
+  team.sync();
+  const Range columns = team.share(D, kGrain);
+  for (int use = 0; use < 5; ++use) {
+    float* y = mixed + use * size;
+    multiply(att.mix_up[use], apart + use * size_low, rows, y, columns, packed);
+    for (int row = 0; row < rows; ++row) {
+      for_eights(columns.begin, columns.end, [&](int i, auto count) {
+        const int64_t at = int64_t{row} * D + i;
+        const f8 share = load(att.mixes[use], i, count) + load(y + at, count);
+        store(y + at, load(normed + at, count) + load(step + at, count) * share, count);
+      });
+    }
+  }
+  team.sync();
+}
+
+inline void time_mix6(Team& team, const Block& block, const BlockIO& io, Scratch scratch, float* packed) {
+  const TimeMix6& att = block.att6;
+  const int D = block.width, A = block.attention, N = block.head_size, rows = io.batch.rows;
+  const int64_t size = int64_t{rows} * D, size_A = int64_t{rows} * A;
+  const bool by_data = block.generation == 6, has_gate = att.gate.outputs != 0;
+  float* normed = scratch.take(size);
+  float* step = scratch.take(by_data * size);
+  float* mixed = scratch.take(6 * size);
+  float* r = scratch.take(size_A);
+  float* k = scratch.take(size_A);
+  float* v = scratch.take(size_A);
+  float* g = scratch.take(has_gate * size_A);
+  float* w = scratch.take(by_data * size_A);
+  float* w_low = scratch.take(int64_t{rows} * att.decay_down.outputs);
+  float* out = scratch.take(size);
+  const Shift shift{io.att_shift_in, io.att_shift_out};
+  if (by_data) {
+    shift_and_mix(team, block.ln1, {1, &att.mix_x, true}, io, D, shift, normed, mixed + 5 * size, step);
+    mix_by_data(team, att, rows, D, normed, step, mixed, scratch, packed);
+  } else {
+    shift_and_mix(team, block.ln1, {3 + has_gate, att.mixes + 1, false}, io, D, shift, normed, mixed);
+  }
+
+  keep_last(team, io, D, normed, shift);
+  const Range columns = team.share(A, kGrain);
+  const float *xw = mixed, *xk = by_data ? mixed + size : mixed, *xv = xk + size, *xr = xv + size, *xg = xr + size;
+  multiply(att.receptance, xr, rows, r, columns, packed);
+  multiply(att.key, xk, rows, k, columns, packed);
+  multiply(att.value, xv, rows, v, columns, packed);
+  if (has_gate) multiply(att.gate, xg, rows, g, columns, packed);
+  if (by_data) {
+    multiply_each(team, att.decay_down, xw, rows, w_low, packed, [](f8 x) { return tanh(x); });
+  }
+  team.sync();
+
+  const Range heads = team.share(block.n_head, 1), mine = {heads.begin * N, heads.end * N};
+  if (by_data) multiply(att.decay_up, w_low, rows, w, mine, packed);
+  for (int head = heads.begin; head < heads.end; ++head) {
+    read_head(block, io, head, r, k, v, by_data ? w : nullptr, has_gate ? g : nullptr);
+  }
+  team.sync();
+
+  const Range of_x = team.share(D, kGrain);
+  multiply(att.output, r, rows, out, of_x, packed);
+  add(io.x, out, rows, D, of_x);
+  team.sync();
+}
+
 // --- time mix of generation 7 -------------------------------------------------------------------------------
 
 // One token of one head: S <- S (diag(w) - kappa (a kappa)^T) + v k^T; y = S r. S is (V, K).
@@ -234,7 +401,7 @@ inline void remember(const float* from, float* to, int N, const float* r, const 
 
 inline void time_mix7(Team& team, const Block& block, const BlockIO& io, Scratch scratch, float* packed) {
   const TimeMix7& att = block.att7;
-  const int D = block.width, A = block.attention, N = att.head_size, rows = io.batch.rows;
+  const int D = block.width, A = block.attention, N = block.head_size, rows = io.batch.rows;
   const int64_t size = int64_t{rows} * D, size_A = int64_t{rows} * A;
   const bool is_first = att.v1.outputs == 0;
   float* normed = scratch.take(size);
@@ -252,19 +419,18 @@ inline void time_mix7(Team& team, const Block& block, const BlockIO& io, Scratch
   float* g_low = scratch.take(int64_t{rows} * att.g1.outputs);
   float* y = scratch.take(size_A);
   float* out = scratch.take(size);
-  shift_and_mix(team, block.ln1, {6, att.mixes, true}, io, D, io.att_shift_in, normed, mixed);
+  const Shift shift{io.att_shift_in, io.att_shift_out};
+  shift_and_mix(team, block.ln1, {6, att.mixes, true}, io, D, shift, normed, mixed);
   const float *xr = mixed, *xw = mixed + size, *xk = mixed + 2 * size, *xv = mixed + 3 * size, *xa = mixed + 4 * size,
               *xg = mixed + 5 * size;
 
-  keep_last(team, io, D, normed, io.att_shift_out);
+  keep_last(team, io, D, normed, shift);
   const Range columns = team.share(A, kGrain);
   multiply(att.receptance, xr, rows, r, columns, packed);
   multiply(att.key, xk, rows, k, columns, packed);
   multiply(att.value, xv, rows, is_first ? io.v_first : v, columns, packed);
   const auto down = [&](const Matrix& W, const float* x, float* low, auto&& activation) {
-    const Range mine = team.share(W.outputs, kGrain);
-    multiply(W, x, rows, low, mine, packed);
-    for_each(low, rows, W.outputs, mine, activation);
+    multiply_each(team, W, x, rows, low, packed, activation);
   };
   const auto as_it_is = [](f8 x) { return x; };
   down(att.w1, xw, w_low, [](f8 x) { return tanh(x); });
@@ -273,7 +439,7 @@ inline void time_mix7(Team& team, const Block& block, const BlockIO& io, Scratch
   if (!is_first) down(att.v1, xv, v_low, as_it_is);
   team.sync();
 
-  const Range heads = team.share(att.n_head, 1), mine = {heads.begin * N, heads.end * N};
+  const Range heads = team.share(block.n_head, 1), mine = {heads.begin * N, heads.end * N};
   multiply(att.w2, w_low, rows, w, mine, packed);
   multiply(att.a2, a_low, rows, a, mine, packed);
   multiply(att.g2, g_low, rows, g, mine, packed);
@@ -284,8 +450,8 @@ inline void time_mix7(Team& team, const Block& block, const BlockIO& io, Scratch
     const int channel = head * N;
     for (int s = 0; s < io.batch.n_sequences; ++s) {
       const Sequence& sequence = io.batch.sequences[s];
-      const int64_t head_size = int64_t{N} * N, memory_size = att.n_head * head_size;
-      const float* from = io.memory_in + sequence.from * memory_size + head * head_size;
+      const int64_t head_size = int64_t{N} * N, memory_size = block.n_head * head_size;
+      const float* from = memory_before(io, sequence) + sequence.from * memory_size + head * head_size;
       float* to = io.memory_out + sequence.to * memory_size + head * head_size;
       for (int row = sequence.begin; row < sequence.end; ++row) {
         const int64_t at = int64_t{row} * A + channel;
@@ -345,9 +511,10 @@ inline void channel_mix(Team& team, const Block& block, const BlockIO& io, Scrat
   float* out = scratch.take(size);
   int* active = reinterpret_cast<int*>(scratch.take(int64_t{F} * team.count())) + int64_t{F} * team.index();
   const Array weights[] = {ffn.mix_k, ffn.mix_r};
-  shift_and_mix(team, block.ln2, {1 + has_gate, weights, block.generation == 7}, io, D, io.ffn_shift_in, normed, mixed);
+  const Shift shift{io.ffn_shift_in, io.ffn_shift_out};
+  shift_and_mix(team, block.ln2, {1 + has_gate, weights, block.generation >= 6}, io, D, shift, normed, mixed);
 
-  keep_last(team, io, D, normed, io.ffn_shift_out);
+  keep_last(team, io, D, normed, shift);
   const Range units = team.share(F, kGrain), columns = team.share(D, grain(ffn.value));
   multiply(ffn.key, mixed, rows, hidden, units, packed);
   for_each(hidden, rows, F, units, [&](f8 x) {
@@ -385,10 +552,11 @@ inline void run_block(Team& team, const Block& block, const BlockIO& io, Scratch
     }
     team.sync();
   }
-  if (block.generation == 7) {
-    time_mix7(team, block, io, scratch, packed);
-  } else {
-    time_mix4(team, block, io, scratch, packed);
+  switch (block.generation) {
+    case 7: time_mix7(team, block, io, scratch, packed); break;
+    case 6:
+    case 5: time_mix6(team, block, io, scratch, packed); break;
+    default: time_mix4(team, block, io, scratch, packed);
   }
   channel_mix(team, block, io, scratch, packed);
 }

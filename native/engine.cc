@@ -19,7 +19,6 @@ namespace {
 #include "multiply.h"
 
 constexpr int kLargestHead = 256;
-constexpr int kSequences = 256;  // that go through a block together
 
 #include "block.h"
 
@@ -30,10 +29,12 @@ int64_t thread_floats(const Model& model) {
 }
 
 int64_t block_floats(const Block& block, int rows, int threads) {
-  const TimeMix7& att = block.att7;
+  const TimeMix6& six = block.att6;
+  const TimeMix7& seven = block.att7;
   const int64_t D = block.width, A = block.attention, F = block.hidden;
-  const int64_t low = block.generation == 7 ? att.w1.outputs + att.a1.outputs + att.v1.outputs + att.g1.outputs : 0;
-  const int64_t time = 8 * D + 8 * A + low, channel = 5 * D + F;
+  const int64_t low6 = 2 * six.mix_down.outputs + six.decay_down.outputs;
+  const int64_t low7 = seven.w1.outputs + seven.a1.outputs + seven.v1.outputs + seven.g1.outputs;
+  const int64_t time = 9 * D + 8 * A + low6 + low7, channel = 5 * D + F;
   const int64_t rounding = 32 * 16;  // every piece begins on a cache line
   return rows * std::max(time, channel) + F * threads + rounding;
 }
@@ -47,89 +48,88 @@ size_t model_floats(const Model& model, int rows, int threads) {
 
 size_t bytes(Format format) { return format == Format::kFloat32 ? 4 : 2; }
 
-// ln_out and the head, for rows of x that end in rows of y.
+// The head, for every row of x.
 void read_out(Team& team, const Model& model, const float* x, int rows, float* normed, float* y, float* packed) {
   const int D = model.blocks[0].width;
   const Range mine = team.share(rows, 1);
   for (int64_t row = mine.begin; row < mine.end; ++row) normalize_row(model.ln_out, x + row * D, D, normed + row * D);
   team.sync();
   multiply(model.head, normed, rows, y, team.share(model.head.outputs, grain(model.head)), packed);
-  team.sync();
 }
 
-void run_model(const Model& model, const ModelIO& io, int rows_at_once, float* scratch, int threads) {
+// The same for the last token of each sequence that is over; returns how many those are.
+int read_out_ends(Team& team, const Model& model, const Batch& batch, const float* x, float* normed, float* y,
+                  float* packed) {
+  const int D = model.blocks[0].width;
+  int n = 0;
+  for (int s = 0; s < batch.n_sequences; ++s) {
+    const Sequence& sequence = batch.sequences[s];
+    if (!sequence.is_over) continue;
+    if (n % team.count() == team.index()) {
+      normalize_row(model.ln_out, x + int64_t{sequence.end - 1} * D, D, normed + int64_t{n} * D);
+    }
+    ++n;
+  }
+  if (n == 0) return 0;
+  team.sync();
+  multiply(model.head, normed, n, y, team.share(model.head.outputs, grain(model.head)), packed);
+  return n;
+}
+
+void run_model(const Model& model, const ModelIO& io, float* scratch, int threads) {
   const Block& first = model.blocks[0];
-  const int D = first.width, A = first.attention;
-  const int T_at_once = std::max(1, rows_at_once / io.n);
+  const int D = first.width, A = first.attention, V = model.head.outputs;
   const size_t shift_bytes = bytes(io.shift_format) * D;
-  const int64_t memory_size = first.generation == 7 ? int64_t{A} * first.att7.head_size : int64_t{3} * A;
+  const int64_t memory_size = int64_t{A} * (first.generation == 4 ? 3 : first.head_size);
+  int most = 0;
+  for (int b = 0; b < io.n_batches; ++b) most = std::max(most, io.batches[b].rows);
   Pool::shared().run(threads, [&](Team& team) {
     float* packed = scratch + team.index() * thread_floats(model);
     Scratch rest{scratch + team.count() * thread_floats(model)};
-    const int most = io.n * std::min(io.T, T_at_once);
     float* x = rest.take(int64_t{most} * D);
     float* normed = rest.take(int64_t{most} * D);
     float* v_first = rest.take(int64_t{most} * A);
-    Sequence sequences[kSequences];
-    for (int begin = 0; begin < io.T; begin += T_at_once) {
-      const int T = std::min(T_at_once, io.T - begin), rows = io.n * T;
-      const Range mine = team.share(rows, 1);
+    const int64_t* tokens = io.tokens;
+    float* y = io.y;
+    for (int b = 0; b < io.n_batches; ++b) {
+      const Batch& batch = io.batches[b];
+      const Range mine = team.share(batch.rows, 1);
       for (int64_t row = mine.begin; row < mine.end; ++row) {
-        const int64_t token = io.tokens[row / T * io.T + begin + row % T];
-        for_eights(0, D, [&](int i, auto count) { store(x + row * D + i, load(model.emb, token * D + i, count), count); });
+        for_eights(0, D, [&](int i, auto count) {
+          store(x + row * D + i, load(model.emb, tokens[row] * D + i, count), count);
+        });
       }
       team.sync();
       for (int i = 0; i < model.n_blocks; ++i) {
-        // Sequences go through a block together; of very many, a part after the other.
-        for (int s = 0; s < io.n; s += kSequences) {
-          const int n = std::min(kSequences, io.n - s);
-          for (int j = 0; j < n; ++j) {
-            const int64_t from = io.from ? io.from[s + j] : s + j, to = io.to ? io.to[s + j] : s + j;
-            sequences[j] = {j * T, (j + 1) * T, begin == 0 ? from : to, to};
-          }
-          const auto shift = [&](const void* base, int64_t layer_rows) {
-            return Array{static_cast<const char*>(base) + i * layer_rows * shift_bytes, io.shift_format};
-          };
-          const auto new_shift = [&](void* base) {
-            return MutableArray{static_cast<char*>(base) + i * io.out.rows * shift_bytes, io.shift_format};
-          };
-          const bool goes_on = begin > 0;  // from what this call has written
-          const int64_t in_rows = goes_on ? io.out.rows : io.in.rows;
-          const void* memory = goes_on ? io.out.memory : io.in.memory;
-          const BlockIO block_io{{n * T, n, sequences},
-                                 x + int64_t{s} * T * D,
-                                 v_first + int64_t{s} * T * A,
-                                 shift(goes_on ? io.out.att_shift : io.in.att_shift, in_rows),
-                                 shift(goes_on ? io.out.ffn_shift : io.in.ffn_shift, in_rows),
-                                 new_shift(io.out.att_shift),
-                                 new_shift(io.out.ffn_shift),
-                                 static_cast<const float*>(memory) + i * in_rows * memory_size,
-                                 static_cast<float*>(io.out.memory) + i * io.out.rows * memory_size,
-                                 io.skips};
-          run_block(team, model.blocks[i], block_io, rest, packed);
-          team.sync();
-        }
-      }
-      const int V = model.head.outputs;
-      if (io.output == Output::kLast) {
-        if (begin + T < io.T) continue;
-        for (int64_t j = team.index(); j < io.n; j += team.count()) {
-          const float* last = x + (j * T + T - 1) * D;
-          normalize_row(model.ln_out, last, D, normed + j * D);
-        }
+        const auto shift = [&](const void* base) {
+          return Array{static_cast<const char*>(base) + i * io.in.rows * shift_bytes, io.shift_format};
+        };
+        const auto new_shift = [&](void* base) {
+          return MutableArray{static_cast<char*>(base) + i * io.out.rows * shift_bytes, io.shift_format};
+        };
+        const BlockIO block_io{batch,
+                               x,
+                               v_first,
+                               shift(io.in.att_shift),
+                               shift(io.in.ffn_shift),
+                               new_shift(io.out.att_shift),
+                               new_shift(io.out.ffn_shift),
+                               static_cast<const float*>(io.in.memory) + i * io.in.rows * memory_size,
+                               static_cast<float*>(io.out.memory) + i * io.out.rows * memory_size,
+                               io.skips};
+        run_block(team, model.blocks[i], block_io, rest, packed);
         team.sync();
-        multiply(model.head, normed, io.n, io.y, team.share(V, grain(model.head)), packed);
-      } else if (io.output == Output::kHidden) {
-        for (int64_t row = mine.begin; row < mine.end; ++row) {
-          normalize_row(model.ln_out, x + row * D, D, io.y + (row / T * io.T + begin + row % T) * D);
-        }
-      } else if (T == io.T) {
-        read_out(team, model, x, rows, normed, io.y, packed);
-      } else {
-        for (int64_t j = 0; j < io.n; ++j) {
-          read_out(team, model, x + j * T * D, T, normed, io.y + (j * io.T + begin) * V, packed);
-        }
       }
+      if (io.output == Output::kLogits) {
+        read_out(team, model, x, batch.rows, normed, y, packed);
+        y += int64_t{batch.rows} * V;
+      } else if (io.output == Output::kHidden) {
+        for (int64_t row = mine.begin; row < mine.end; ++row) normalize_row(model.ln_out, x + row * D, D, y + row * D);
+        y += int64_t{batch.rows} * D;
+      } else {
+        y += int64_t{read_out_ends(team, model, batch, x, normed, y, packed)} * V;
+      }
+      tokens += batch.rows;
       team.sync();
     }
   });

@@ -34,6 +34,8 @@ struct Matrix {
 struct Sequence {
   int begin, end;
   int64_t from, to;  // rows of the state that is read and of the one that is written; they may be equal
+  bool goes_on;      // from what this call has written: an earlier part of it was in another batch
+  bool is_over;      // no part of it follows
 };
 
 struct Batch {
@@ -57,21 +59,32 @@ struct TimeMix4 {
   Matrix key, value, receptance, output;
 };
 
+struct TimeMix6 {  // and of generation 5
+  Array mix_x, mixes[5];        // w k v r g; generation 5 has no x and no w, 5.0 no g
+  Matrix mix_down, mix_up[5];   // generation 6
+  Array decay, first;           // (A), before generation 5.2 (H)
+  Matrix decay_down, decay_up;  // generation 6
+  bool is_per_head, first_is_log;
+  Matrix receptance, key, value, gate, output;  // no gate in generation 5.0
+  Norm ln_x;
+};
+
 struct TimeMix7 {
   Array mixes[6];  // r w k v a g
   Array w0, a0, v0, k_k, k_a, r_k;
   Matrix w1, w2, a1, a2, v1, v2, g1, g2;  // no v1 in layer 0
   Matrix receptance, key, value, output;
   Norm ln_x;
-  int n_head, head_size;
 };
 
 struct Block {
   int generation;
   int width, attention, hidden;  // D, A, F
+  int n_head, head_size;         // H, N; generations 5 to 7
   Norm ln0, ln1, ln2;            // no ln0 but in layer 0
   bool squares;                  // relu^2, else relu
   TimeMix4 att4;
+  TimeMix6 att6;
   TimeMix7 att7;
   ChannelMix4 ffn;  // without receptance in generation 7
 };
@@ -106,21 +119,21 @@ struct States {
 };
 
 struct ModelIO {
-  const int64_t* tokens;  // (n, T), each below the vocabulary
-  int n, T;
+  const int64_t* tokens;  // of all batches, one after the other, each below the vocabulary
+  int n_batches;
+  const Batch* batches;   // each goes through all blocks before the next; see plan.h
   States<const void*> in;
   States<void*> out;
   Format shift_format;
-  const int64_t *from, *to;  // (n,) rows of the states, or null: 0 .. n - 1
   Output output;
-  float* y;  // (n, T or 1, vocabulary or D)
+  float* y;  // (tokens or sequences, vocabulary or D)
   bool skips;
 };
 
 struct Engine {
   const char* name;
-  size_t (*model_floats)(const Model&, int rows, int threads);  // of scratch
-  void (*run_model)(const Model&, const ModelIO&, int rows_at_once, float* scratch, int threads);
+  size_t (*model_floats)(const Model&, int rows, int threads);  // of scratch, for batches of up to so many rows
+  void (*run_model)(const Model&, const ModelIO&, float* scratch, int threads);
   // y (rows, outputs) = x (rows, inputs) W
   size_t (*multiply_floats)(const Matrix&, int threads);
   void (*multiply)(const Matrix&, const float* x, int rows, float* y, float* scratch, int threads);

@@ -15,6 +15,7 @@
 
 #include "engine.h"
 #include "operators.h"
+#include "plan.h"
 
 namespace nb = nanobind;
 
@@ -72,23 +73,33 @@ class Parts {
   // "att.key.weight" -> "att.key.scales"
   static std::string scales_of(const std::string& name) { return name.substr(0, name.rfind('.')) + ".scales"; }
 
-  Array array(const char* name) const {
-    if (!parts_.contains(name)) return {};
-    const auto [address, format, by_input] = nb::cast<Place>(parts_[name]);
+  bool has(const std::string& name) const { return parts_.contains(name.c_str()); }
+
+  Array array(const std::string& name) const {
+    if (!has(name)) return {};
+    const auto [address, format, by_input] = nb::cast<Place>(parts_[name.c_str()]);
     return {reinterpret_cast<const void*>(address), static_cast<Format>(format)};
   }
 
   // W [out, in], as torch's Linear keeps it; `is_turned`: the tensor is [in, out].
   Matrix matrix(const char* name, int inputs, int outputs, bool is_turned = false) const {
-    if (!parts_.contains(name)) return {};
+    if (!has(name)) return {};
     const bool by_input = std::get<2>(nb::cast<Place>(parts_[name]));
-    return {array(name), inputs, outputs, by_input != is_turned, array(scales_of(name).c_str()).data};
+    return {array(name), inputs, outputs, by_input != is_turned, array(scales_of(name)).data};
   }
 
-  int number(const char* name) const { return parts_.contains(name) ? nb::cast<int>(parts_[name]) : 0; }
+  // Number i of the matrices in a tensor [n, in, out].
+  Matrix slice(const char* name, int i, int inputs, int outputs) const {
+    if (!has(name)) return {};
+    const Array all = array(name);
+    const int64_t skipped = int64_t{i} * inputs * outputs * (all.format == Format::kFloat32 ? 4 : 2);
+    return {{static_cast<const char*>(all.data) + skipped, all.format}, inputs, outputs, true};
+  }
+
+  int number(const char* name) const { return has(name) ? nb::cast<int>(parts_[name]) : 0; }
 
   Norm norm(const std::string& name, float eps) const {
-    return {array((name + ".weight").c_str()), array((name + ".bias").c_str()), eps};
+    return {array(name + ".weight"), array(name + ".bias"), eps};
   }
 
  private:
@@ -101,6 +112,8 @@ Block make_block(nb::dict dict, float norm_eps, float head_eps) {
   const int D = block.width = parts.number("width"), A = block.attention = parts.number("attention");
   const int F = block.hidden = parts.number("hidden");
   block.generation = parts.number("generation");
+  block.n_head = parts.number("n_head");
+  block.head_size = parts.number("head_size");
   block.squares = parts.number("squares") != 0;
   block.ln0 = parts.norm("ln0", norm_eps);
   block.ln1 = parts.norm("ln1", norm_eps);
@@ -128,9 +141,30 @@ Block make_block(nb::dict dict, float norm_eps, float head_eps) {
     att.value = parts.matrix("att.value.weight", D, A);
     att.output = parts.matrix("att.output.weight", A, D);
     att.ln_x = parts.norm("att.ln_x", head_eps);
-    att.n_head = parts.number("n_head");
-    att.head_size = parts.number("head_size");
     block.ffn.mix_k = parts.array("ffn.x_k");
+  } else if (block.generation >= 5) {
+    TimeMix6& att = block.att6;
+    const std::string mix = block.generation == 6 ? "time_maa_" : "time_mix_";
+    const char* uses[] = {"w", "k", "v", "r", "g"};
+    for (int i = 0; i < 5; ++i) att.mixes[i] = parts.array("att." + mix + uses[i]);
+    att.mix_x = parts.array("att.time_maa_x");
+    const int rank = parts.number("mix_rank"), decay_rank = parts.number("decay_rank");
+    att.mix_down = parts.matrix("att.time_maa_w1", D, 5 * rank, true);
+    for (int i = 0; i < 5; ++i) att.mix_up[i] = parts.slice("att.time_maa_w2", i, rank, D);
+    att.decay = parts.array("att.time_decay");
+    att.decay_down = parts.matrix("att.time_decay_w1", D, decay_rank, true);
+    att.decay_up = parts.matrix("att.time_decay_w2", decay_rank, A, true);
+    att.first_is_log = parts.has("att.time_first");
+    att.first = parts.array(att.first_is_log ? "att.time_first" : "att.time_faaaa");
+    att.is_per_head = parts.number("is_per_head") != 0;
+    att.receptance = parts.matrix("att.receptance.weight", D, A);
+    att.key = parts.matrix("att.key.weight", D, A);
+    att.value = parts.matrix("att.value.weight", D, A);
+    att.gate = parts.matrix("att.gate.weight", D, A);
+    att.output = parts.matrix("att.output.weight", A, D);
+    att.ln_x = parts.norm("att.ln_x", head_eps);
+    block.ffn.mix_k = parts.array("ffn." + mix + "k");
+    block.ffn.mix_r = parts.array("ffn." + mix + "r");
   } else {
     TimeMix4& att = block.att4;
     att.mix_k = parts.array("att.time_mix_k");
@@ -144,8 +178,8 @@ Block make_block(nb::dict dict, float norm_eps, float head_eps) {
     att.output = parts.matrix("att.output.weight", A, D);
     block.ffn.mix_k = parts.array("ffn.time_mix_k");
     block.ffn.mix_r = parts.array("ffn.time_mix_r");
-    block.ffn.receptance = parts.matrix("ffn.receptance.weight", D, D);
   }
+  block.ffn.receptance = parts.matrix("ffn.receptance.weight", D, D);
   block.ffn.key = parts.matrix("ffn.key.weight", D, F);
   block.ffn.value = parts.matrix("ffn.value.weight", F, D);
   return block;
@@ -166,29 +200,30 @@ class CompiledModel {
               parts.norm("ln_out", norm_eps), parts.matrix("head.weight", D, V)};
   }
 
-  // n sequences of T tokens each: tokens int64 (n, T); y float32, of the size that `output` says. False, and nothing
-  // done, when a token is not below the vocabulary. from, to: int64 (n,) rows of the states, or 0: the n first.
-  bool run(Address tokens, int n, int T, int format, Addresses in, Addresses out, Address from, Address to, int output,
-           Address y, bool skips, int rows_at_once, int threads) {
+  // n sequences, one after the other: tokens int64 (n_tokens,); y float32, of the size that `output` says. False, and
+  // nothing done, when a token is not below the vocabulary. int64 (n,) each: lengths, or 0: equal ones; from and to,
+  // rows of the states, or 0: the n first.
+  bool run(Address tokens, int64_t n_tokens, int n, Address lengths, int format, Addresses in, Addresses out,
+           Address from, Address to, int output, Address y, bool skips, int rows_at_once, int threads) {
     nb::gil_scoped_release release;
-    const auto* ids = reinterpret_cast<const int64_t*>(tokens);
-    for (int64_t i = 0; i < int64_t{n} * T; ++i) {
+    const auto numbers = [](Address a) { return reinterpret_cast<const int64_t*>(a); };
+    const int64_t* ids = numbers(tokens);
+    for (int64_t i = 0; i < n_tokens; ++i) {
       if (ids[i] < 0 || ids[i] >= model_.vocabulary) return false;
     }
+    const Plan plan(n, n_tokens, numbers(lengths), numbers(from), numbers(to), rows_at_once);
     const auto pointer = [](Address a) { return reinterpret_cast<void*>(a); };
     const ModelIO io{ids,
-                     n,
-                     T,
+                     plan.n_batches(),
+                     plan.batches(),
                      {pointer(std::get<0>(in)), pointer(std::get<1>(in)), pointer(std::get<2>(in)), std::get<3>(in)},
                      {pointer(std::get<0>(out)), pointer(std::get<1>(out)), pointer(std::get<2>(out)), std::get<3>(out)},
                      static_cast<Format>(format),
-                     reinterpret_cast<const int64_t*>(from),
-                     reinterpret_cast<const int64_t*>(to),
                      static_cast<Output>(output),
                      reinterpret_cast<float*>(y),
                      skips};
-    const int rows = std::max(n, std::min(n * T, rows_at_once));
-    engine_.run_model(model_, io, rows_at_once, scratch(engine_.model_floats(model_, rows, threads)), threads);
+    const int rows = static_cast<int>(std::min<int64_t>(n_tokens, rows_at_once));
+    engine_.run_model(model_, io, scratch(engine_.model_floats(model_, rows, threads)), threads);
     return true;
   }
 

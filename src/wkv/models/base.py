@@ -189,9 +189,11 @@ class RWKV(nn.Module):
         """
         if state is None:
             state = self.initial_state(len(tokens))
-        compiled = self._compiled(state, padded=lengths is not None or starts is not None)
-        if compiled is not None and (found := self._read_compiled(compiled, tokens, state, output)):
-            return found
+        compiled = self._compiled(state)
+        if compiled is not None:
+            found = self._read_compiled(compiled, tokens, state, lengths, starts, output)
+            if found is not None:
+                return found
         self._check_tokens(tokens, lengths, starts)
         B, T = tokens.shape
         self.check_state(state, B)
@@ -229,26 +231,33 @@ class RWKV(nn.Module):
         return cast("tuple[Tensor, Tensor | None, LayerState]", checkpoint(block, *inputs, **how))
 
     def _read_compiled(
-        self, compiled: CompiledModel, tokens: Tensor, state: State, output: Output
+        self,
+        compiled: CompiledModel,
+        tokens: Tensor,
+        state: State,
+        lengths: Tensor | None,
+        starts: Tensor | None,
+        output: Output,
     ) -> tuple[Tensor, State] | None:
         """None for tokens that are not as they should be; nothing was done then."""
         if tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel():
             return None
-        if tokens.device.type != "cpu":
+        if any(x is not None and x.device.type != "cpu" for x in (tokens, lengths, starts)):
             return None
+        if lengths is not None or starts is not None:
+            self._check_tokens(tokens, lengths, starts)
         if state.made_by is not compiled or state.batch_size != len(tokens):
             self.check_state(state, len(tokens))
-        return compiled(tokens, state, output)
+        fresh = None if starts is None else self.initial_state(1)
+        return compiled(tokens, state, output, lengths=lengths, starts=starts, fresh=fresh)
 
-    def _compiled(self, state: State, *, padded: bool) -> CompiledModel | None:
+    def _compiled(self, state: State) -> CompiledModel | None:
         """The model in the compiled engine's hands, where it does all that is asked for here."""
         backend = named_backend()
         if backend not in (None, "native") or torch.is_grad_enabled():
             return None  # with gradients, "native" names rows of the operators
         reason = None
-        if padded:
-            reason = "padding, or sequences that start within a row"
-        elif torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             reason = "torch.compile or autocast is at work"
         if reason is None:
             from .compiled import compiled_model  # here: it knows the generations, which know this file

@@ -200,17 +200,20 @@ class Model:
         output: str,
         y: Tensor,
         *,
+        lengths: Tensor | None = None,
         slots: tuple[Tensor, Tensor] | None = None,
         skips: bool = True,
     ) -> bool:
         """Read tokens; False, and nothing is done, when one of them is not in the vocabulary.
 
-        tokens  (B, T) int64
+        tokens  (B, T) int64, or with `lengths` (N,): B sequences, one after the other without a gap
         before  the states: att_shift (L, S, D), memory (L, S, ...) float32, ffn_shift (L, S, D)
         after   where the new ones go; it may be the same
         output  "logits", "last" or "hidden"
-        y       float32 (B, T, V), (B, 1, V) or (B, T, D)
-        slots   int64 (B,) each: the rows s of `before` and of `after`; without it, 0 to B - 1
+        y       float32 (B, T, V), (B, 1, V) or (B, T, D); with `lengths` N is in the place of B, T
+        lengths int64 (B,): tokens of each sequence, at least one
+        slots   int64 (B,) each: the rows s of `before` and of `after`; without it, 0 to B - 1. Of several
+                sequences that end in one row, the last stays there
         skips   leave rows of ffn.value unread that meet a zero, where it lies so that they can be
 
         All contiguous.
@@ -218,7 +221,9 @@ class Model:
         return bool(
             self._model.run(
                 tokens.data_ptr(),
-                *tokens.shape,
+                tokens.numel(),
+                len(tokens) if lengths is None else len(lengths),
+                0 if lengths is None else lengths.data_ptr(),
                 FORMATS[before[0].dtype],
                 (*map(Tensor.data_ptr, before), before[0].shape[1]),
                 (*map(Tensor.data_ptr, after), after[0].shape[1]),
