@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -17,9 +19,9 @@ from small_models import random_tokens, small_model
 from torch import Tensor, nn
 
 import wkv
-from wkv.config import Config, RWKV4Config, RWKV7Config
+from wkv.config import Config, RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
 from wkv.errors import BackendError, InputError, StateError
-from wkv.models import RWKV, build, compiled, rwkv7
+from wkv.models import RWKV, compiled, rwkv7
 from wkv.models.quantized import quantize
 from wkv.ops import native, use_backend
 from wkv.state import LayerState, State
@@ -27,6 +29,7 @@ from wkv.state import LayerState, State
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no engine: {native.why_not()}")
 
 FORMATS = list(native.FORMATS)
+TIERS = ["int8", "int4"]
 ROUNDING = {dtype: 20 * torch.finfo(dtype).eps for dtype in FORMATS}  # relative, of a whole small model
 
 
@@ -34,6 +37,10 @@ def config(generation: int, *, width: int = 48, head: int = 16, hidden: int = 80
     sizes = {"vocab_size": 61, "n_layer": 3, "n_embd": width, "dim_att": width, "dim_ffn": hidden, **others}
     if generation == 4:
         return RWKV4Config(**sizes)
+    if generation == 5:
+        return RWKV5Config(**sizes, head_size=head)
+    if generation == 6:
+        return RWKV6Config(**sizes, head_size=head, mix_rank=7, decay_rank=11)
     ranks = dict(decay_rank=6, rate_rank=5, value_rank=4, gate_rank=19)
     return RWKV7Config(**sizes, head_size=head, **ranks)
 
@@ -41,6 +48,21 @@ def config(generation: int, *, width: int = 48, head: int = 16, hidden: int = 80
 SHAPES = {
     "4": config(4),
     "4 odd": config(4, width=37, hidden=83),
+    "5.0": config(5, minor=0, bonus="time_first"),
+    "5.0 raw bonus": config(5, minor=0, width=36, head=12),
+    "5.1": config(5, minor=1, bonus="time_first", width=40, head=8, hidden=41),
+    "5.2": config(5),
+    "5.2 heads of 12": config(5, width=36, head=12, hidden=41, norm="rmsnorm"),
+    "5.2 one head of 5": config(5, width=5, head=5, hidden=3, ffn_activation="relu"),
+    "5.2 heads of 128": config(5, width=256, head=128, n_layer=2),
+    "5.2 more channels in the mix": config(5, dim_att=64),
+    "5.2 learned state": config(5, n_layer=2, time_state=True),
+    "6": config(6),
+    "6 heads of 12": config(6, width=36, head=12, hidden=41),
+    "6 one head of 5": config(6, width=5, head=5, hidden=3, ffn_activation="relu"),
+    "6 heads of 128": config(6, width=256, head=128, n_layer=2),
+    "6 fewer channels in the mix": config(6, dim_att=32, norm="rmsnorm"),
+    "6 learned state": config(6, n_layer=2, time_state=True),
     "7": config(7),
     "7 heads of 8": config(7, width=40, head=8),
     "7 heads of 12": config(7, width=36, head=12, hidden=41),
@@ -48,6 +70,7 @@ SHAPES = {
     "7 heads of 128": config(7, width=256, head=128, n_layer=2),
     "7 relu": config(7, ffn_activation="relu"),
     "7 rms": config(7, norm="rmsnorm"),
+    "7 learned state": config(7, n_layer=2, time_state=True),
 }
 
 
@@ -65,6 +88,13 @@ def own_number_of_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@functools.cache
+def prepared(shape: str, form: torch.dtype | str) -> RWKV:
+    if isinstance(form, torch.dtype):
+        return small_model(SHAPES[shape], dtype=form)
+    return quantize(small_model(SHAPES[shape], dtype=torch.float32), form)
+
+
 def error(found: Tensor, expected: Tensor) -> float:
     expected = expected.double()
     return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
@@ -76,18 +106,19 @@ def same(a: State, b: State) -> bool:
 
 
 @torch.no_grad()
-def native_run(model: RWKV, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+def native_run(
+    model: RWKV, tokens: Tensor, state: State | None = None, **how: object
+) -> tuple[Tensor, State]:
     with use_backend("native"):
-        return model(tokens, state)
+        return model(tokens, state, **how)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_logits_and_states_are_those_of_the_equations(engine: str, shape: str, dtype: torch.dtype) -> None:
-    model = small_model(SHAPES[shape], dtype=dtype)
-    exact = build(SHAPES[shape], dtype=torch.float64)
-    exact.load_state_dict(model.state_dict())
+    model = prepared(shape, dtype)
+    exact = copy.deepcopy(model).double()
     tokens = random_tokens(model, 3, 20)
     more = random_tokens(model, 3, 1, seed=1)  # and on from there, one token
 
@@ -102,11 +133,16 @@ def test_logits_and_states_are_those_of_the_equations(engine: str, shape: str, d
         assert error(ours, value) <= 3 * error(theirs, value) + torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("shape", ["4 odd", "7", "7 heads of 12"])
+ROWS = ["4 odd", "5.0", "5.1", "5.2 heads of 12", "6", "6 heads of 12", "7", "7 heads of 12"]
+
+
+@pytest.mark.parametrize("forms", [[torch.float32], [*FORMATS[1:], *TIERS]])
+@pytest.mark.parametrize("shape", ROWS)
 @given(data=st.data())
-def test_a_rows_bits_depend_on_the_row_alone(shape: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    model = small_model(SHAPES[shape], dtype=dtype)
+def test_a_rows_bits_depend_on_the_row_alone(
+    shape: str, forms: list[torch.dtype | str], data: st.DataObject
+) -> None:
+    model = prepared(shape, data.draw(st.sampled_from(forms)))
     rows, T = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 30))
     tokens = random_tokens(model, rows, T)
     torch.set_num_threads(data.draw(st.integers(1, 5)))
@@ -123,7 +159,96 @@ def test_a_rows_bits_depend_on_the_row_alone(shape: str, dtype: torch.dtype, dat
     assert same(own, state[row])
 
 
-@pytest.mark.parametrize("shape", ["4", "7"])
+@pytest.mark.parametrize("shape", ["4 odd", "5.1", "5.2", "6", "7"])
+@given(data=st.data())
+def test_a_padded_rows_bits_are_those_of_the_row_alone(shape: str, data: st.DataObject) -> None:
+    model = prepared(shape, data.draw(st.sampled_from([*FORMATS, *TIERS])))
+    T = data.draw(st.integers(1, 30))
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, T), min_size=1, max_size=9)))
+    rows = len(lengths)
+    tokens = random_tokens(model, rows, T)
+    torch.set_num_threads(data.draw(st.integers(1, 5)))
+    before = native_run(model, random_tokens(model, rows, 3, seed=1))[1] if data.draw(st.booleans()) else None
+    logits, state = native_run(model, tokens, before, lengths=lengths)
+    hidden, hidden_state = native_run(model, tokens, before, lengths=lengths, output="hidden")
+    last, last_state = native_run(model, tokens, before, lengths=lengths, output="last")
+    assert same(hidden_state, state) and same(last_state, state)
+    torch.set_num_threads(data.draw(st.integers(1, 5)))
+    row = data.draw(st.integers(0, rows - 1))
+    n = int(lengths[row])
+    start = None if before is None else before[row]
+    alone, own = native_run(model, tokens[row : row + 1, :n], start)
+    assert torch.equal(logits[row, :n], alone[0]) and same(own, state[row])
+    assert torch.equal(last[row, 0], alone[0, -1])
+    vectors, _ = native_run(model, tokens[row : row + 1, :n], start, output="hidden")
+    assert torch.equal(hidden[row, :n], vectors[0])
+    assert logits[row, n:].eq(0).all() and hidden[row, n:].eq(0).all()
+
+
+@pytest.mark.parametrize("shape", ["4 odd", "5.1", "6 learned state", "7"])
+@given(data=st.data())
+def test_a_document_within_a_row_is_read_as_if_alone(shape: str, data: st.DataObject) -> None:
+    model = prepared(shape, torch.float32)
+    rows, T = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 30))
+    tokens = random_tokens(model, rows, T)
+    starts = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows * T, max_size=rows * T)))
+    starts = starts.view(rows, T)
+    is_padded = data.draw(st.booleans())
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, T), min_size=rows, max_size=rows)))
+    torch.set_num_threads(data.draw(st.integers(1, 5)))
+    _, before = native_run(model, random_tokens(model, rows, 3, seed=1))
+    how = dict(starts=starts, lengths=lengths if is_padded else None)
+    logits, state = native_run(model, tokens, before, **how)
+    last, last_state = native_run(model, tokens, before, **how, output="last")
+    assert same(last_state, state)
+    for row in {0, rows - 1}:
+        n = int(lengths[row]) if is_padded else T
+        own: State | None = before[row]
+        borders = [t for t in range(n) if t and starts[row, t]]
+        for begin, end in itertools.pairwise([0, *borders, n]):
+            own = None if starts[row, begin] else own
+            alone, own = native_run(model, tokens[row : row + 1, begin:end], own)
+            assert torch.equal(logits[row, begin:end], alone[0])
+        assert own is not None
+        assert same(own, state[row]) and torch.equal(last[row, 0], alone[0, -1])
+
+
+@pytest.mark.parametrize("shape", ["4", "5.2", "6", "7"])
+@torch.no_grad()
+def test_rows_of_any_length_are_cut_where_a_batch_is_full(shape: str) -> None:
+    model = small_model(SHAPES[shape], dtype=torch.float32)
+    tokens, lengths = random_tokens(model, 5, 700), torch.tensor([511, 2, 700, 1, 350])
+    starts = torch.zeros(5, 700, dtype=torch.bool)
+    starts[2, 600] = starts[4, 3] = True
+    for borders in (None, starts):
+        logits, state = native_run(model, tokens, lengths=lengths, starts=borders)
+        last, _ = native_run(model, tokens, lengths=lengths, starts=borders, output="last")
+        for row, n in enumerate(lengths.tolist()):
+            first = borders[row].nonzero()[:, 0].tolist() if borders is not None else []
+            begin = first[0] if first else 0
+            alone, own = native_run(model, tokens[row : row + 1, begin:n])
+            assert torch.equal(logits[row, begin:n], alone[0]) and same(own, state[row])
+            assert torch.equal(last[row, 0], alone[0, -1])
+
+
+@pytest.mark.parametrize("form", [torch.float32, torch.bfloat16, "int8"])
+@pytest.mark.parametrize("shape", ["4", "5.0", "5.2", "6", "7"])
+@torch.no_grad()
+def test_what_another_call_left_in_the_buffers_is_not_read(
+    engine: str, shape: str, form: torch.dtype | str
+) -> None:
+    model, poison = prepared(shape, form), small_model(config(6, hidden=400), dtype=torch.float32)
+    for weight in poison.parameters():
+        weight.fill_(torch.nan)
+    tokens, lengths = random_tokens(model, 6, 20), torch.tensor([1, 20, 3, 7, 12, 2])
+    expected, state = native_run(model, tokens, lengths=lengths)
+    assert expected.isfinite().all()
+    assert native_run(poison, random_tokens(poison, 6, 100))[0].isnan().all()
+    found, again = native_run(model, tokens, lengths=lengths)
+    assert torch.equal(found, expected) and same(again, state)
+
+
+@pytest.mark.parametrize("shape", ["4", "5.1", "6", "7"])
 @torch.no_grad()
 def test_a_prompt_longer_than_the_engine_takes_at_once_is_one_function(shape: str) -> None:
     model = small_model(SHAPES[shape], dtype=torch.float32)
@@ -134,7 +259,7 @@ def test_a_prompt_longer_than_the_engine_takes_at_once_is_one_function(shape: st
     assert torch.equal(logits, torch.cat((first, second), dim=1)) and same(state, end)
 
 
-@pytest.mark.parametrize("shape", ["4", "7"])
+@pytest.mark.parametrize("shape", ["4", "5.2", "6", "7"])
 @pytest.mark.parametrize("dtype", FORMATS)
 @torch.no_grad()
 def test_what_meets_a_zero_is_not_read_and_changes_no_bit(shape: str, dtype: torch.dtype) -> None:
@@ -158,7 +283,7 @@ def test_what_meets_a_zero_is_not_read_and_changes_no_bit(shape: str, dtype: tor
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("shape", ["4 odd", "7", "7 heads of 128"])
+@pytest.mark.parametrize("shape", ["4 odd", "5.1", "6", "7", "7 heads of 128"])
 @torch.no_grad()
 def test_states_are_taken_and_left_by_slot(engine: str, shape: str) -> None:
     model = small_model(SHAPES[shape], dtype=torch.float32)
@@ -185,7 +310,7 @@ def test_states_are_taken_and_left_by_slot(engine: str, shape: str) -> None:
         assert torch.equal(pool[:, source], part)
 
 
-@pytest.mark.parametrize("shape", ["4", "7"])
+@pytest.mark.parametrize("shape", ["4", "5.2", "6", "7"])
 @torch.no_grad()
 def test_every_output_is_a_part_of_the_whole(shape: str) -> None:
     model = small_model(SHAPES[shape], dtype=torch.float32)
@@ -220,6 +345,14 @@ def test_tokens_and_states_that_do_not_fit_are_refused() -> None:
             model(torch.tensor(wrong))
     with pytest.raises(InputError, match="int64"):
         model(torch.zeros(1, 1))
+    two = torch.tensor([[1, 2], [3, 61]])
+    with pytest.raises(InputError, match="token id 61"):
+        model(two, lengths=torch.tensor([2, 1]))  # in padding, which torch would not take either
+    for lengths in ([0, 1], [1, 3], [1], [1.0, 2.0]):
+        with pytest.raises(InputError, match="lengths"):
+            model(two % 61, lengths=torch.tensor(lengths))
+    with pytest.raises(InputError, match="starts"):
+        model(two % 61, starts=torch.zeros(2, 2))
     _, state = native_run(model, random_tokens(model, 2, 3))
     with pytest.raises(StateError, match="2 rows"):
         model(torch.tensor([[1]]), state)
@@ -241,6 +374,10 @@ def test_a_state_outlives_its_model_and_travels() -> None:
     gc.collect()
     assert state.made_by is None  # it kept nothing alive
     assert torch.equal(native_run(model, tokens, state)[0], expected)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -302,7 +439,10 @@ def test_weights_that_change_are_seen() -> None:
     block.att.w1.data = block.att.w1 * 3  # another memory
     first = check_changed(first)
     model.load_state_dict(small_model(SHAPES["7"], dtype=torch.float32, seed=5).state_dict(), assign=True)
-    check_changed(first)
+    first = check_changed(first)
+    quantize(model, "int8")  # another layer
+    now, _ = native_run(model, tokens)
+    assert not torch.equal(now, first) and error(now, first) < 0.1
 
 
 @torch.no_grad()
@@ -338,10 +478,12 @@ def test_what_the_engine_does_not_know_stays_with_torch() -> None:
         assert logits.requires_grad
         with pytest.raises(BackendError, match="float64"), use_backend("native"):
             small_model(SHAPES["7"])(tokens)
-    with pytest.raises(BackendError, match="padding"), use_backend("native"):
-        model(tokens, lengths=torch.tensor([2]))
-    with pytest.raises(BackendError, match="no compiled form"):
-        native_run(small_model("6", dtype=torch.float32), tokens)
+    bonus = block.att.r_k
+    for elsewhere in (bonus.mT.contiguous().mT, torch.stack((bonus, bonus), -1)[..., 0]):
+        bonus.data = elsewhere
+        check_refused("gaps in memory, or its axes")
+    bonus.data = bonus.contiguous()
+    native_run(model, tokens)
     with pytest.raises(BackendError, match="float64"):
         native_run(small_model(SHAPES["7"]), tokens)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import wkv
 from wkv.checkpoints import write_safetensors
 from wkv.cli import main
-from wkv.config import Config, RWKV4Config, RWKV7Config
+from wkv.config import Config, RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
 from wkv.errors import CheckpointError, ConfigError, Error, UnsafeFileError
 from wkv.models import RWKV, build
 from wkv.models.layers import Linear
@@ -25,6 +25,9 @@ SIZES = dict(vocab_size=61, n_layer=2, n_embd=80, dim_att=80, dim_ffn=200)
 RANKS = dict(decay_rank=6, rate_rank=5, value_rank=4, gate_rank=7)
 SHAPES: dict[str, Config] = {
     "4": RWKV4Config(**SIZES),
+    "5.0": RWKV5Config(**SIZES, head_size=16, minor=0, bonus="time_first"),
+    "5.2": RWKV5Config(**SIZES, head_size=16),
+    "6": RWKV6Config(**SIZES, head_size=16, mix_rank=7, decay_rank=11),
     "7": RWKV7Config(**SIZES, head_size=16, **RANKS),
 }
 TIERS = ["int8", "int4"]
