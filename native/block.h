@@ -180,6 +180,39 @@ inline void multiply_each(const Team& team, const Matrix& W, const float* x, int
   for_each(y, rows, W.outputs, mine, f);
 }
 
+// y = x W
+struct Product {
+  const Matrix& W;
+  const float* x;
+  float* y;
+};
+
+inline int64_t bits_of_output(const Matrix& W) {
+  constexpr int bits[] = {32, 16, 16, 8, 4};
+  return int64_t{W.inputs} * bits[static_cast<int>(W.weights.format)];
+}
+
+// Products that do not wait for each other, as one row of work in which everybody takes an equal share: whole
+// matrices where it can be, since memory is read fastest in one piece. done(i, outputs): these are computed.
+template <size_t n, class Done>
+inline void multiply_all(const Team& team, const Product (&products)[n], int rows, float* packed, Done&& done) {
+  int64_t all = 0, before = 0;
+  for (const Product& product : products) all += bits_of_output(product.W) * product.W.outputs;
+  for (size_t i = 0; i < n; ++i) {
+    const auto& [W, x, y] = products[i];
+    if (W.outputs == 0) continue;
+    const auto border = [&](int member) {
+      const int64_t bits = std::max<int64_t>(0, all * member / team.count() - before);
+      const int64_t grains = (bits / bits_of_output(W) + kGrain / 2) / kGrain;
+      return static_cast<int>(std::min<int64_t>(W.outputs, grains * kGrain));
+    };
+    const Range mine{border(team.index()), team.index() + 1 == team.count() ? W.outputs : border(team.index() + 1)};
+    multiply(W, x, rows, y, mine, packed);
+    done(i, mine);
+    before += bits_of_output(W) * W.outputs;
+  }
+}
+
 // The memories among which is the one that the sequence goes on from.
 inline const float* memory_before(const BlockIO& io, const Sequence& sequence) {
   return sequence.goes_on ? io.memory_out : io.memory_in;
@@ -425,18 +458,13 @@ inline void time_mix7(Team& team, const Block& block, const BlockIO& io, Scratch
               *xg = mixed + 5 * size;
 
   keep_last(team, io, D, normed, shift);
-  const Range columns = team.share(A, kGrain);
-  multiply(att.receptance, xr, rows, r, columns, packed);
-  multiply(att.key, xk, rows, k, columns, packed);
-  multiply(att.value, xv, rows, is_first ? io.v_first : v, columns, packed);
-  const auto down = [&](const Matrix& W, const float* x, float* low, auto&& activation) {
-    multiply_each(team, W, x, rows, low, packed, activation);
-  };
-  const auto as_it_is = [](f8 x) { return x; };
-  down(att.w1, xw, w_low, [](f8 x) { return tanh(x); });
-  down(att.a1, xa, a_low, as_it_is);
-  down(att.g1, xg, g_low, [](f8 x) { return sigmoid(x); });
-  if (!is_first) down(att.v1, xv, v_low, as_it_is);
+  if (is_first) v = io.v_first;
+  const Product products[] = {{att.w1, xw, w_low},      {att.g1, xg, g_low}, {att.a1, xa, a_low},  {att.v1, xv, v_low},
+                              {att.receptance, xr, r}, {att.key, xk, k},    {att.value, xv, v}};
+  multiply_all(team, products, rows, packed, [&](size_t i, Range mine) {
+    if (i == 0) for_each(w_low, rows, att.w1.outputs, mine, [](f8 x) { return tanh(x); });
+    if (i == 1) for_each(g_low, rows, att.g1.outputs, mine, [](f8 x) { return sigmoid(x); });
+  });
   team.sync();
 
   const Range heads = team.share(block.n_head, 1), mine = {heads.begin * N, heads.end * N};
@@ -444,7 +472,6 @@ inline void time_mix7(Team& team, const Block& block, const BlockIO& io, Scratch
   multiply(att.a2, a_low, rows, a, mine, packed);
   multiply(att.g2, g_low, rows, g, mine, packed);
   if (!is_first) multiply(att.v2, v_low, rows, mix_v, mine, packed);
-  if (is_first) v = io.v_first;
   float kappa[kLargestHead], a_kappa[kLargestHead];
   for (int head = heads.begin; head < heads.end; ++head) {
     const int channel = head * N;
@@ -515,18 +542,17 @@ inline void channel_mix(Team& team, const Block& block, const BlockIO& io, Scrat
   shift_and_mix(team, block.ln2, {1 + has_gate, weights, block.generation >= 6}, io, D, shift, normed, mixed);
 
   keep_last(team, io, D, normed, shift);
-  const Range units = team.share(F, kGrain), columns = team.share(D, grain(ffn.value));
-  multiply(ffn.key, mixed, rows, hidden, units, packed);
-  for_each(hidden, rows, F, units, [&](f8 x) {
-    const f8 positive = max(x, f8{});
-    return block.squares ? positive * positive : positive;
+  const Product products[] = {{ffn.key, mixed, hidden}, {ffn.receptance, mixed + size, gate}};
+  multiply_all(team, products, rows, packed, [&](size_t i, Range mine) {
+    if (i == 1) return for_each(gate, rows, D, mine, [](f8 x) { return sigmoid(x); });
+    for_each(hidden, rows, F, mine, [&](f8 x) {
+      const f8 positive = max(x, f8{});
+      return block.squares ? positive * positive : positive;
+    });
   });
-  if (has_gate) {
-    multiply(ffn.receptance, mixed + size, rows, gate, columns, packed);
-    for_each(gate, rows, D, columns, [](f8 x) { return sigmoid(x); });
-  }
   team.sync();
 
+  const Range columns = team.share(D, grain(ffn.value));
   const bool skips = io.skips && rows == 1 && ffn.value.by_input && !ffn.value.scales;
   int n_active = 0;
   for (int k = 0; skips && k < F; ++k) {
