@@ -76,36 +76,39 @@ int read_out_ends(Team& team, const Model& model, const Batch& batch, const floa
   return n;
 }
 
-void run_model(const Model& model, const ModelIO& io, float* scratch, int threads) {
+bool run_model(const Model& model, const ModelIO& io, float* scratch, int threads, Progress& at,
+               Clock::time_point until) {
   const Block& first = model.blocks[0];
   const int D = first.width, A = first.attention, V = model.head.outputs;
   const size_t shift_bytes = bytes(io.shift_format) * D;
   const int64_t memory_size = int64_t{A} * (first.generation == 4 ? 3 : first.head_size);
+  bool is_late = false;  // the first of the team says so before a barrier, the others read it after
   int most = 0;
   for (int b = 0; b < io.n_batches; ++b) most = std::max(most, io.batches[b].rows);
   Pool::shared().run(threads, [&](Team& team) {
     float* packed = scratch + team.index() * thread_floats(model);
-    Scratch rest{scratch + team.count() * thread_floats(model)};
+    Scratch rest{scratch + threads * thread_floats(model)};
     float* x = rest.take(int64_t{most} * D);
     float* normed = rest.take(int64_t{most} * D);
     float* v_first = rest.take(int64_t{most} * A);
-    const int64_t* tokens = io.tokens;
-    float* y = io.y;
-    for (int b = 0; b < io.n_batches; ++b) {
+    const int64_t* tokens = io.tokens + at.tokens;
+    float* y = io.y + at.y;
+    int layer = at.layer;
+    for (int b = at.batch; b < io.n_batches; ++b, layer = 0) {
       const Batch& batch = io.batches[b];
       const Range mine = team.share(batch.rows, 1);
-      for (int64_t row = mine.begin; row < mine.end; ++row) {
+      for (int64_t row = mine.begin; row < mine.end && layer == 0; ++row) {
         for_eights(0, D, [&](int i, auto count) {
           store(x + row * D + i, load(model.emb, tokens[row] * D + i, count), count);
         });
       }
       team.sync();
-      for (int i = 0; i < model.n_blocks; ++i) {
+      while (layer < model.n_blocks) {
         const auto shift = [&](const void* base) {
-          return Array{static_cast<const char*>(base) + i * io.in.rows * shift_bytes, io.shift_format};
+          return Array{static_cast<const char*>(base) + layer * io.in.rows * shift_bytes, io.shift_format};
         };
         const auto new_shift = [&](void* base) {
-          return MutableArray{static_cast<char*>(base) + i * io.out.rows * shift_bytes, io.shift_format};
+          return MutableArray{static_cast<char*>(base) + layer * io.out.rows * shift_bytes, io.shift_format};
         };
         const BlockIO block_io{batch,
                                x,
@@ -114,11 +117,16 @@ void run_model(const Model& model, const ModelIO& io, float* scratch, int thread
                                shift(io.in.ffn_shift),
                                new_shift(io.out.att_shift),
                                new_shift(io.out.ffn_shift),
-                               static_cast<const float*>(io.in.memory) + i * io.in.rows * memory_size,
-                               static_cast<float*>(io.out.memory) + i * io.out.rows * memory_size,
+                               static_cast<const float*>(io.in.memory) + layer * io.in.rows * memory_size,
+                               static_cast<float*>(io.out.memory) + layer * io.out.rows * memory_size,
                                io.skips};
-        run_block(team, model.blocks[i], block_io, rest, packed);
+        run_block(team, model.blocks[layer++], block_io, rest, packed);
+        if (team.index() == 0) is_late = Clock::now() >= until;
         team.sync();
+        if (is_late) {
+          if (team.index() == 0) at = {b, layer, tokens - io.tokens, y - io.y};
+          return;
+        }
       }
       if (io.output == Output::kLogits) {
         read_out(team, model, x, batch.rows, normed, y, packed);
@@ -133,6 +141,7 @@ void run_model(const Model& model, const ModelIO& io, float* scratch, int thread
       team.sync();
     }
   });
+  return !is_late;
 }
 
 size_t multiply_floats(const Matrix& W, int threads) { return threads * thread_floats(W.inputs, W.outputs); }
@@ -141,6 +150,7 @@ void multiply_all(const Matrix& W, const float* x, int rows, float* y, float* sc
   Pool::shared().run(threads, [&](Team& team) {
     multiply(W, x, rows, y, team.share(W.outputs, grain(W)), scratch + team.index() * thread_floats(W.inputs, W.outputs));
   });
+  return !is_late;
 }
 
 float read(const float* data, int64_t n, int threads) {

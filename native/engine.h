@@ -1,6 +1,7 @@
 // What a step of a model is made of, for each instruction set once. Plain pointers: nothing here knows torch.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 
@@ -130,10 +131,20 @@ struct ModelIO {
   bool skips;
 };
 
+// Where a call stands that is not through: before that layer of that batch, after so many tokens and numbers of y.
+struct Progress {
+  int batch = 0, layer = 0;
+  int64_t tokens = 0, y = 0;
+};
+
+using Clock = std::chrono::steady_clock;
+
 struct Engine {
   const char* name;
   size_t (*model_floats)(const Model&, int rows, int threads);  // of scratch, for batches of up to so many rows
-  void (*run_model)(const Model&, const ModelIO&, float* scratch, int threads);
+  // Goes on from `at`, and stops after the layer in which `until` passes: false, then; the next call gets the same
+  // arguments, and the scratch as it was left.
+  bool (*run_model)(const Model&, const ModelIO&, float* scratch, int threads, Progress& at, Clock::time_point until);
   // y (rows, outputs) = x (rows, inputs) W
   size_t (*multiply_floats)(const Matrix&, int threads);
   void (*multiply)(const Matrix&, const float* x, int rows, float* y, float* scratch, int threads);

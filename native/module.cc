@@ -6,11 +6,13 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "engine.h"
@@ -24,43 +26,71 @@ namespace {
 
 using Address = uintptr_t;
 
-// Floats on a cache line, kept by each thread from call to call.
-float* scratch(size_t n) {
+constexpr auto kUntilSignals = std::chrono::milliseconds(100);  // of a long call, before Python looks for Ctrl-C
+
+// Floats on a cache line, kept by each thread from call to call. A call that comes while another is under way (a
+// signal's handler may read tokens too) finds none, and has its own.
+class Scratch {
+ public:
+  explicit Scratch(size_t n) : buffer_(std::exchange(kept_, {})) {
+    if (n <= buffer_.size) return;
+    buffer_ = {};
+    void* fresh = nullptr;
+    if (posix_memalign(&fresh, 64, n * sizeof(float)) != 0) throw std::bad_alloc();
+    buffer_ = {std::unique_ptr<float, Free>(static_cast<float*>(fresh)), n};
+  }
+  ~Scratch() {
+    if (buffer_.size > kept_.size) kept_ = std::move(buffer_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  float* floats() const { return buffer_.floats.get(); }
+
+ private:
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<float, Free> buffer;
-  thread_local size_t size = 0;
-  if (n > size) {
-    buffer.reset();
-    size = 0;
-    void* fresh = nullptr;
-    if (posix_memalign(&fresh, 64, n * sizeof(float)) != 0) throw std::bad_alloc();
-    buffer.reset(static_cast<float*>(fresh));
-    size = n;
-  }
-  return buffer.get();
+  struct Buffer {
+    std::unique_ptr<float, Free> floats;
+    size_t size = 0;
+  };
+  static thread_local Buffer kept_;
+  Buffer buffer_;
+};
+
+thread_local Scratch::Buffer Scratch::kept_;
+
+// Why this processor does not run it; null when it does.
+const char* avx2_refuses() {
+#if defined(WKV_HAS_AVX2)
+  const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return runs ? nullptr : "this processor lacks AVX2, FMA or F16C";
+#else
+  return "it is for x86 processors";
+#endif
 }
 
-std::vector<std::string> engines() {
-  std::vector<std::string> names;
-#if defined(WKV_HAS_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    names.push_back(avx2::engine.name);
-#endif
-  names.push_back(portable::engine.name);
-  return names;
+// Best first: name -> None, or why it does not run here.
+nb::dict engines() {
+  const char* reason = avx2_refuses();
+  nb::dict all;
+  all["avx2"] = reason ? nb::object(nb::str(reason)) : nb::none();
+  all["portable"] = nb::none();
+  return all;
 }
 
 const Engine& engine(const std::string& name) {
-  for (const std::string& known : engines()) {
-    if (known != name) continue;
 #if defined(WKV_HAS_AVX2)
-    if (name == avx2::engine.name) return avx2::engine;
+  if (name == avx2::engine.name && avx2_refuses() == nullptr) return avx2::engine;
 #endif
-    return portable::engine;
-  }
+  if (name == portable::engine.name) return portable::engine;
   throw nb::value_error(("no engine " + name + " on this processor").c_str());
+}
+
+int checked(int threads) {
+  if (threads >= 1 && threads <= Pool::kMostThreads) return threads;
+  throw nb::value_error(("threads is " + std::to_string(threads) + ", not from 1 to 256").c_str());
 }
 
 // The named tensors of a block, (address, format, whether it lies by input), and its sizes.
@@ -202,9 +232,11 @@ class CompiledModel {
 
   // n sequences, one after the other: tokens int64 (n_tokens,); y float32, of the size that `output` says. False, and
   // nothing done, when a token is not below the vocabulary. int64 (n,) each: lengths, or 0: equal ones; from and to,
-  // rows of the states, or 0: the n first.
+  // rows of the states, or 0: the n first. Every now and then the signals that have come get their handlers; what
+  // these raise ends the call half-way.
   bool run(Address tokens, int64_t n_tokens, int n, Address lengths, int format, Addresses in, Addresses out,
            Address from, Address to, int output, Address y, bool skips, int rows_at_once, int threads) {
+    checked(threads);
     nb::gil_scoped_release release;
     const auto numbers = [](Address a) { return reinterpret_cast<const int64_t*>(a); };
     const int64_t* ids = numbers(tokens);
@@ -223,7 +255,12 @@ class CompiledModel {
                      reinterpret_cast<float*>(y),
                      skips};
     const int rows = static_cast<int>(std::min<int64_t>(n_tokens, rows_at_once));
-    engine_.run_model(model_, io, scratch(engine_.model_floats(model_, rows, threads)), threads);
+    const Scratch scratch(engine_.model_floats(model_, rows, threads));
+    Progress at;
+    while (!engine_.run_model(model_, io, scratch.floats(), threads, at, Clock::now() + kUntilSignals)) {
+      nb::gil_scoped_acquire acquire;
+      if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    }
     return true;
   }
 
@@ -239,8 +276,9 @@ void multiply(const std::string& name, Address weights, int format, int inputs, 
   nb::gil_scoped_release release;
   const Matrix W{{reinterpret_cast<const void*>(weights), static_cast<Format>(format)}, inputs, outputs, by_input,
                  reinterpret_cast<const void*>(scales)};
+  const Scratch scratch(chosen.multiply_floats(W, checked(threads)));
   chosen.multiply(W, reinterpret_cast<const float*>(x), rows, reinterpret_cast<float*>(y),
-                  scratch(chosen.multiply_floats(W, threads)), threads);
+                  scratch.floats(), threads);
 }
 
 // y = norm(x), (rows, width) float32. Weight and bias in `format`; bias 0: the root mean square alone.
@@ -250,20 +288,29 @@ void normalize(const std::string& name, Address weight, Address bias, int format
   nb::gil_scoped_release release;
   const auto array = [&](Address a) { return Array{reinterpret_cast<const void*>(a), static_cast<Format>(format)}; };
   chosen.normalize({array(weight), array(bias), eps}, reinterpret_cast<const float*>(x), rows, width,
-                   reinterpret_cast<float*>(y), threads);
+                   reinterpret_cast<float*>(y), checked(threads));
 }
 
 void convert(const std::string& name, Address from, Address to, int format, int64_t n, int threads) {
   const Engine& chosen = engine(name);
   nb::gil_scoped_release release;
   chosen.convert(reinterpret_cast<const float*>(from), {reinterpret_cast<void*>(to), static_cast<Format>(format)}, n,
-                 threads);
+                 checked(threads));
 }
 
 float read(const std::string& name, Address data, int64_t n, int threads) {
   const Engine& chosen = engine(name);
   nb::gil_scoped_release release;
-  return chosen.read(reinterpret_cast<const float*>(data), n, threads);
+  return chosen.read(reinterpret_cast<const float*>(data), n, checked(threads));
+}
+
+// Seconds for a job that does nothing, from the call until all threads are through: the mean of n.
+double handover(int n, int threads) {
+  checked(threads);
+  nb::gil_scoped_release release;
+  const auto start = Clock::now();
+  for (int i = 0; i < n; ++i) Pool::shared().run(threads, [](Team&) {});
+  return std::chrono::duration<double>(Clock::now() - start).count() / n;
 }
 
 const Operators& operators(const std::string& name) {
@@ -286,7 +333,8 @@ void operate(const std::string& name, const Sizes& sizes, Address lengths, const
   const Tokens tokens{B, T, H, K, V, reinterpret_cast<const int64_t*>(lengths)};
   const auto in = [&](size_t i) { return reinterpret_cast<const float*>(inputs.at(i)); };
   const auto out = [&](size_t i) { return reinterpret_cast<float*>(outputs.at(i)); };
-  use(chosen, tokens, in, out, scratch(chosen.scratch_floats(tokens, threads)));
+  const Scratch scratch(chosen.scratch_floats(tokens, checked(threads)));
+  use(chosen, tokens, in, out, scratch.floats());
 }
 
 void wkv4(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
@@ -321,7 +369,7 @@ void wkv7(const std::string& name, Sizes sizes, Address lengths, const std::vect
 
 NB_MODULE(_native, m) {
   m.doc() = "RWKV's steps on the CPU, compiled; see wkv.ops.native.";
-  m.def("engines", &engines, "What this processor can run, best first.");
+  m.def("engines", &engines, "Each engine, best first, and why this processor does not run it; None: it does.");
   m.def("multiply", &multiply);
   m.def("normalize", &normalize);
   m.def("read", &read);
@@ -329,6 +377,7 @@ NB_MODULE(_native, m) {
   m.def("wkv4", &wkv4);
   m.def("wkv6", &wkv6);
   m.def("wkv7", &wkv7);
+  m.def("handover", &handover);
   nb::class_<CompiledModel>(m, "Model")
       .def(nb::init<nb::list, nb::dict, float, float, const std::string&>())
       .def("run", &CompiledModel::run);

@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 
+#include <system_error>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -50,8 +52,12 @@ void Pool::run_erased(int count, Call call, void* self) {
   while (static_cast<int>(workers_.size()) < count - 1) {
     Worker& worker = workers_.emplace_back();
     const int index = static_cast<int>(workers_.size());
-    worker.thread = std::thread([this, &worker, index] { work(worker, index); });
-    worker.thread.detach();
+    try {
+      std::thread([this, &worker, index] { work(worker, index); }).detach();
+    } catch (const std::system_error&) {  // a limit of the system: whoever is there does it all
+      workers_.pop_back();
+      count = index;
+    }
   }
   call_ = call, self_ = self, count_ = count;
   running_.store(count - 1, std::memory_order_relaxed);

@@ -83,8 +83,8 @@ class Pool {
 
   static Pool& shared();
 
-  // Runs job(team) on `count` threads (1 .. kMostThreads) and returns when all are through. Jobs of several
-  // callers run one after the other. The job must not throw, nor call `run`.
+  // Runs job(team) on `count` threads (1 .. kMostThreads), or on those that the system gives, and returns when all
+  // are through. Jobs of several callers run one after the other. The job must not throw, nor call `run`.
   template <class Job>
   void run(int count, Job&& job) {
     using Plain = std::remove_reference_t<Job>;
@@ -97,7 +97,6 @@ class Pool {
 
   struct Worker {
     alignas(64) std::atomic<uint32_t> ticket{0};
-    std::thread thread;
   };
 
   void run_erased(int count, Call call, void* self);

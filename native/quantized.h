@@ -87,13 +87,21 @@ struct Bits4 {
   }
 };
 
-// Row by row to[i] = x[i] / scale, rounded; the returned scale gives x back. Zeros follow up to whole groups.
+inline int groups(int n) { return (n + kGroup - 1) / kGroup; }
+
+// Row by row to[i] = x[i] / scale, rounded; the returned scale gives x back. Zeros follow up to whole groups. A row
+// with an infinity or a NaN becomes zeros and the scale NaN, so that every product is NaN too.
 inline float round_row(const float* x, int n, int16_t* to) {
-  f8 largest{};
+  f8 largest{}, excess{};  // of what is not finite: NaN; else 0
   for_eights(0, n, [&](int i, auto count) {
     const f8 y = load(x + i, count);
     largest = max(largest, max(y, -y));
+    excess += y - y;
   });
+  if (const float nan = sum(excess); nan != 0) {
+    std::fill(to, to + groups(n) * kGroup, int16_t{0});
+    return nan;
+  }
   float most = 0;
   for (int i = 0; i < kLanes; ++i) most = std::max(most, largest[i]);
   const float times = most > 0 ? kLargest / most : 0;
@@ -106,8 +114,6 @@ inline float round_row(const float* x, int n, int16_t* to) {
   for (int i = n; i % kGroup; ++i) to[i] = 0;
   return most / kLargest;
 }
-
-inline int groups(int n) { return (n + kGroup - 1) / kGroup; }
 
 // What a thread needs to multiply by matrices of up to that many inputs and outputs, in floats.
 inline size_t quantized_floats(int inputs, int outputs) {

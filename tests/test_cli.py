@@ -165,6 +165,7 @@ WRONG = [
     ("info noise.pth", 1, "noise.pth", ".pth or .safetensors"),
     ("info empty.pth", 1, "empty.pth", "fresh copy"),
     ("info broken.safetensors", 1, "broken.safetensors", "fresh copy"),
+    ("info model.safetensors --backends", 2, "model.safetensors", "one of them"),
     ("info model.safetensors --jsn", 2, "--jsn", "--json"),
     ("generate", 2, "no prompt", "wkv generate"),
     ("generate model.safetensors", 2, "model.safetensors", 'model.safetensors "def "'),
@@ -184,6 +185,7 @@ WRONG = [
     ("generate model.safetensors x --dtype fp33", 2, "fp33", "fp32"),
     ("generate model.safetensors x --device tpu", 2, "tpu", "cpu"),
     ("generate model.safetensors x --threads 0", 2, "0", "1"),
+    ("generate model.safetensors x --threads 100000", 2, "100000", "256"),
     ("generate model.safetensors x --tokenizer wold", 1, "wold", "world"),
     ("generate model.safetensors x --tokenizer world", 1, "world", "256"),
     ("generate model.safetensors x --logprobs 2", 2, "--logprobs", "--json"),
@@ -460,6 +462,30 @@ def test_info_reads_no_weights(wkv_command, folder, monkeypatch):
     with open_checkpoint("model.safetensors") as checkpoint:
         monkeypatch.setattr(type(checkpoint), "read", interrupt)
     assert wkv_command("info", "model.safetensors").status == 0
+
+
+def test_info_lists_every_backend_and_what_the_engine_says_of_itself(wkv_command):
+    told = json.loads(wkv_command("info", "--backends", "--json").out)
+    assert set(told["operators"]) == set(wkv.ops.OPERATORS)
+    for name, operator in wkv.ops.OPERATORS.items():
+        for verdicts in told["operators"][name].values():
+            assert list(verdicts) == [row.name for row in operator.backends]
+            assert list(verdicts.values()).count("runs") == 1
+    assert told["operators"]["wkv7"]["a token"]["chunked"].startswith("refuses: T = 1")
+    engine, text = told["engine"], wkv_command("info", "--backends").out
+    assert "  wkv7, a prompt\n    chunked    runs\n" in text
+    if engine["refuses"] is None:
+        assert engine["runs"] in engine["instruction_sets"] and engine["threads"] >= 1
+        assert 0 < engine["handover_seconds"] < 0.1
+        assert f"the compiled engine: {engine['runs']}, {engine['threads']} threads" in text
+
+
+def test_info_says_why_there_is_no_engine_and_what_to_try(wkv_command, monkeypatch):
+    reason = "it was not built: installing wkv found no C++ compiler. Try: install wkv again"
+    monkeypatch.setattr("wkv.ops.native._load", lambda: reason)
+    told = json.loads(wkv_command("info", "--backends", "--json").out)
+    assert told["engine"]["refuses"] == reason and told["engine"]["runs"] is None
+    assert wkv_command("info", "--backends").out.startswith(f"the compiled engine does not run: {reason}\n")
 
 
 def test_info_says_that_a_state_file_is_one(wkv_command, folder, tiny):

@@ -20,6 +20,7 @@ from wkv.models import RWKV, build
 from wkv.models.layers import Linear
 from wkv.models.quantized import QuantizedLinear, quantize
 from wkv.ops import native, use_backend
+from wkv.state import LayerState, State
 
 SIZES = dict(vocab_size=61, n_layer=2, n_embd=80, dim_att=80, dim_ffn=200)
 RANKS = dict(decay_rank=6, rate_rank=5, value_rank=4, gate_rank=7)
@@ -114,6 +115,72 @@ def test_a_quantised_model_is_the_model_of_its_stored_weights(shape: str, tier: 
             one, _ = model(tokens[:, :1], state)
         assert float((logits - expected).norm() / expected.norm()) < 1e-3
         assert one.isfinite().all()
+
+
+@needs_engine
+@pytest.mark.parametrize("name", native.engines())
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("by_input", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_in_a_row_makes_its_products_nan_and_no_others(
+    name: str, bits: int, by_input: bool, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "engines", lambda: [name])
+    made, _ = linear(130, 70, bits, by_input)
+    for rows in (1, 2, 35):
+        x = torch.randn(rows, 130, generator=torch.Generator().manual_seed(rows))
+        expected = made(x)
+        for row, column in ((0, 0), (rows - 1, 129), (rows // 2, 77)):
+            spoilt = x.clone()
+            spoilt[row, column] = bad
+            y = made(spoilt)
+            assert y[row].isnan().all()
+            others = torch.arange(rows) != row
+            assert torch.equal(y[others], expected[others])
+
+
+PLACES = {
+    "4": ["emb.weight", "blocks.1.ln1.bias", "blocks.0.att.time_decay", "blocks.1.ffn.key.weight"],
+    "7": ["emb.weight", "blocks.1.ln2.weight", "blocks.0.att.w0", "blocks.1.ffn.key.weight", "ln_out.bias"],
+}
+
+
+@needs_engine
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tier", [None, *TIERS])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_model_with_weights_or_a_state_that_are_not_finite_says_nan(
+    shape: str, tier: str | None, bad: float
+) -> None:
+    def spoilt(place: str | None) -> RWKV:
+        model = small_model(SHAPES[shape], dtype=torch.float32)
+        if place is not None:
+            model.get_parameter(place).view(-1)[20 if place == "emb.weight" else 3] = bad
+        return model if tier is None else quantize(model, tier)
+
+    def is_hidden(model: RWKV, state: State | None = None) -> bool:
+        """Whether the engine's logits look well where those of the equations do not."""
+        found = []
+        for backend in ("reference", "native"):
+            with use_backend(backend):
+                found.append(model(tokens, state)[0].isfinite().all(dim=2))
+        return bool((found[1] & ~found[0]).any())
+
+    tokens = torch.tensor([[0, 5, 9], [7, 2, 0]])
+    for place in PLACES[shape]:
+        assert not is_hidden(spoilt(place)), place
+    model = spoilt(None)
+    for name in LayerState._fields:
+        _, state = model(tokens)
+        getattr(state.layers[1], name)[0].view(-1)[5] = bad
+        assert not is_hidden(model, state), name
+        with use_backend("native"):
+            logits, after = model(tokens, state)
+        clean, own = model(tokens[1:], state[1])
+        assert torch.equal(logits[1:], clean) and not logits[0].isfinite().all()  # the other row is whole
+        assert all(torch.equal(a[1:], b) for x, y in zip(after.layers, own.layers, strict=True)
+                   for a, b in zip(x, y, strict=True))  # fmt: skip
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..models import RWKV
     from ..tokenizers import Tokenizer
 
+MOST_THREADS = 256
 MODEL_SUFFIXES = (".pth", ".safetensors")
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp64", "float32", "bfloat16", "float16", "float64"]
@@ -157,8 +158,8 @@ def use_threads(threads: int | None) -> None:
     """Compute with this many threads; None keeps torch's choice, one per core."""
     if threads is None:
         return
-    if threads < 1:
-        raise UsageError(f"--threads is {threads}", "at least 1")
+    if not 1 <= threads <= MOST_THREADS:  # torch starts as many as it is told to, or dies of it
+        raise UsageError(f"--threads is {threads}", f"1 to {MOST_THREADS}, better no more than cores")
     import torch
 
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""`wkv info`: what a file holds, from its header alone."""
+"""`wkv info`: what a file holds, from its header alone; what computes on this machine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import CheckpointError
-from .common import find_file, find_model, human_bytes, print_line
+from .common import UsageError, find_file, find_model, human_bytes, print_line
 
 
-def info(file: str | None = None, /, *, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:
-    """Say what a checkpoint or state file holds.
+def info(
+    file: str | None = None,
+    /,
+    *,
+    backends: bool = False,
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """Say what a checkpoint or state file holds, or what computes here.
 
     Reads names and shapes, not the weights, and runs nothing: any .pth, .safetensors or state file.
 
@@ -26,14 +32,26 @@ def info(file: str | None = None, /, *, as_json: Annotated[bool, Parameter(name=
         wkv info model.pth
         wkv info RWKV-x070-World-0.1B.pth --json
         wkv info chat.state
+        wkv info --backends
 
     Parameters
     ----------
     file
         a checkpoint, or a state that wkv chat or Session.save wrote; without it, the model of wkv
+    backends
+        of this machine instead: the compiled engine, every operator's backends, and why one would refuse
     as_json
         print one JSON object instead
     """
+    if backends:
+        if file is not None:
+            raise UsageError(f"--backends and {file}", "one of them: --backends is about this machine")
+        machine = backend_facts()
+        if as_json:
+            print(json.dumps(machine))
+        else:
+            _print_backends(machine)
+        return
     expected = "a checkpoint (.pth, .safetensors) or a state file"
     path = find_model(None) if file is None else find_file(file, expected)
     facts = state_facts(path) or model_facts(path)
@@ -96,6 +114,57 @@ def model_facts(path: Path) -> dict[str, Any]:
         "tokenizer": known.name if known else None,
         "memory_bytes": {name: parameters * size + state_bytes for name, size in sizes.items()},
     }
+
+
+def backend_facts() -> dict[str, Any]:
+    """What computes here: the engine, or why there is none; of each operator, what its backends answer."""
+    import torch
+
+    from ..ops import OPERATORS, native
+    from ..ops.dispatch import Call
+
+    reason = native.why_not()
+    calls = {
+        name: Call(T, head_size=64, dtype=torch.float32, device=torch.device("cpu"), needs_grad=False)
+        for name, T in (("a prompt", 512), ("a token", 1))
+    }
+    return {
+        "engine": {
+            "refuses": reason,
+            "instruction_sets": native.instruction_sets(),
+            "runs": None if reason else native.engines()[0],
+            "threads": None if reason else native.threads(),
+            "handover_seconds": None if reason else native.handover(),
+        },
+        "torch_threads": torch.get_num_threads(),
+        "operators": {
+            name: {what: operator.verdicts(call) for what, call in calls.items()}
+            for name, operator in OPERATORS.items()
+        },
+    }
+
+
+def _print_backends(facts: dict[str, Any]) -> None:
+    engine = facts["engine"]
+    if engine["refuses"]:
+        print_line(f"the compiled engine does not run: {engine['refuses']}")
+    else:
+        micros = engine["handover_seconds"] * 1e6
+        print_line(
+            f"the compiled engine: {engine['runs']}, {engine['threads']} threads, "
+            f"{micros:.1f} us to hand them a job"
+        )
+    for name, reason in engine["instruction_sets"].items():
+        verdict = f"refuses: {reason}" if reason else "runs" if name == engine["runs"] else "would run"
+        print_line(f"  {name:<10} {verdict}")
+    print_line(
+        f"operators, where the engine does not run a whole model: torch, {facts['torch_threads']} threads"
+    )
+    for operator, calls in facts["operators"].items():
+        for what, verdicts in calls.items():
+            print_line(f"  {operator}, {what}")
+            for name, verdict in verdicts.items():
+                print_line(f"    {name:<10} {verdict}")
 
 
 def _print_state(facts: dict[str, Any]) -> None:

@@ -86,15 +86,19 @@ class Operator:
             f"{self.name} has no backend {name!r}", f"one of {', '.join(row.name for row in self.backends)}"
         )
 
+    def verdicts(self, call: Call) -> dict[str, str]:
+        """Of each row by its name: "runs", "would run", or "refuses: " and the reason."""
+        chosen = self.choose(call)
+        reasons = {row.name: row.refuses(call) for row in self.backends}
+        return {
+            name: "runs" if name == chosen.name else f"refuses: {reason}" if reason else "would run"
+            for name, reason in reasons.items()
+        }
+
     def explain(self, call: Call) -> str:
         """A line per row: runs, would run, or the reason it refuses."""
-        chosen = self.choose(call)
-        lines = [f"{self.name}, {call}:"]
-        for row in self.backends:
-            reason = row.refuses(call)
-            verdict = "runs" if row is chosen else f"refuses: {reason}" if reason else "would run"
-            lines.append(f"  {row.name:<10} {verdict}")
-        return "\n".join(lines)
+        rows = (f"  {name:<10} {verdict}" for name, verdict in self.verdicts(call).items())
+        return "\n".join((f"{self.name}, {call}:", *rows))
 
 
 def never(call: Call) -> str | None:

@@ -3,6 +3,7 @@ operators wkv4 to wkv7 forward and backward.
 
     why_not()             None where it runs, else the reason
     engines()             the instruction sets that this processor has, best first
+    instruction_sets()    all that there are, and why one does not run here
     product(x, W)         x W^T
     Model(...)            a whole model; `wkv.models.compiled` builds it
     wkv4, wkv6, wkv7      the operators on plain tensors; the rows "native" of `wkv.ops` call them
@@ -15,6 +16,7 @@ whatever shares the call with it, however its tokens are split over calls, and f
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -37,7 +39,10 @@ def _load() -> ModuleType | str:
     try:
         import wkv._native as extension
     except ModuleNotFoundError:
-        return "it was not built: installing wkv found no C++ compiler"
+        return (
+            "it was not built: installing wkv found no C++ compiler."
+            " Try: install wkv again where there is one for C++20, such as g++ 12"
+        )
     except ImportError as error:
         return f"it does not load: {error}"
     return extension
@@ -49,15 +54,21 @@ def why_not() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def instruction_sets() -> dict[str, str | None]:
+    """Every one that the engine was compiled for, best first: None, or the reason why this processor does not
+    run it. Empty where there is no engine."""
+    loaded = _load()
+    return {} if isinstance(loaded, str) else dict(loaded.engines())
+
+
 def engines() -> list[str]:
     """What this processor runs, such as "avx2" and "portable"; empty where there is no engine."""
-    loaded = _load()
-    return [] if isinstance(loaded, str) else list(loaded.engines())
+    return [name for name, reason in instruction_sets().items() if reason is None]
 
 
 def threads() -> int:
-    """As many as torch uses."""
-    return min(torch.get_num_threads(), MOST_THREADS)
+    """As many as torch uses, up to four a core: threads that wait for each other must all get their turn."""
+    return min(torch.get_num_threads(), 4 * (os.cpu_count() or 1), MOST_THREADS)
 
 
 def lies_by_input(weight: Tensor) -> bool | None:
@@ -164,6 +175,11 @@ def total(x: Tensor) -> float:
     return _engine().read(engines()[0], x.data_ptr(), x.numel(), threads())
 
 
+def handover() -> float:
+    """Seconds from giving all threads a job that does nothing until all are through with it."""
+    return min(_engine().handover(100, threads()) for _ in range(10))  # the first wakes them up
+
+
 class Stored(NamedTuple):
     """A tensor as the engine reads it."""
 
@@ -216,7 +232,8 @@ class Model:
                 sequences that end in one row, the last stays there
         skips   leave rows of ffn.value unread that meet a zero, where it lies so that they can be
 
-        All contiguous.
+        All contiguous. A long call lets Python handle signals several times a second; what a handler raises,
+        such as KeyboardInterrupt, ends it with `after` and `y` half-way.
         """
         return bool(
             self._model.run(
