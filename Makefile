@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 ARCH   ?= rwkv7
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow scorecard check bench pretrained clean
+.PHONY: demo test test-slow sanitize scorecard check bench pretrained clean
 
 demo: $(READY)            ## train a small RWKV on the source code of this Python, then let it write
 	$(VENV)/bin/wkv demo --arch $(ARCH)
@@ -15,6 +15,9 @@ test: check               ## format, lint, types and the quick tests: what a cha
 
 test-slow: $(READY)       ## the tests that take minutes
 	$(RUN) -m pytest -q -n auto --dist worksteal -m slow
+
+sanitize: $(READY)        ## the compiled engine's tests, watched for stray memory, undefined behaviour and races
+	native/sanitize.sh $(RUN) build
 
 scorecard: $(READY)       ## what was tried to break it, how often, and what was lost
 	$(RUN) -m pytest -q -n auto --dist worksteal -m scorecard --scorecard
@@ -47,7 +50,7 @@ $(WORK)/transformer.safetensors: $(WORK)/data/data.json
 	$(RUN) benchmarks/transformer.py $(WORK)
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(READY): requirements-dev.txt pyproject.toml $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
