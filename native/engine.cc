@@ -150,7 +150,6 @@ void multiply_all(const Matrix& W, const float* x, int rows, float* y, float* sc
   Pool::shared().run(threads, [&](Team& team) {
     multiply(W, x, rows, y, team.share(W.outputs, grain(W)), scratch + team.index() * thread_floats(W.inputs, W.outputs));
   });
-  return !is_late;
 }
 
 float read(const float* data, int64_t n, int threads) {
