@@ -171,8 +171,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"  {compare(name, B, T, args.rounds, args.recompute)}", flush=True)
             if not args.skip_memory:
                 ours, gpt = (
-                    memory_in_a_fresh_process(each, B, T, args) / 1024
-                    for each in (name, f"{name}-gpt")
+                    memory_in_a_fresh_process(each, B, T, args) / 1024 for each in (name, f"{name}-gpt")
                 )
                 print(f"  {name} {ours:.0f} KiB per token at the peak, GPT {gpt:.0f}", flush=True)
 

@@ -168,7 +168,7 @@ def test_a_model_with_weights_or_a_state_that_are_not_finite_says_nan(
         return bool((found[1] & ~found[0]).any())
 
     tokens = torch.tensor([[0, 5, 9], [7, 2, 0]])
-    for place in PLACES[shape]:
+    for place in PLACES["7" if shape == "7" else "4"]:
         assert not is_hidden(spoilt(place)), place
     model = spoilt(None)
     for name in LayerState._fields:
