@@ -172,14 +172,6 @@ inline void add(float* x, const float* y, int rows, int D, Range columns) {
   }
 }
 
-// y (rows, W.outputs) = f(x W), this thread's part of the outputs.
-template <class F>
-inline void multiply_each(const Team& team, const Matrix& W, const float* x, int rows, float* y, float* packed, F&& f) {
-  const Range mine = team.share(W.outputs, kGrain);
-  multiply(W, x, rows, y, mine, packed);
-  for_each(y, rows, W.outputs, mine, f);
-}
-
 // y = x W
 struct Product {
   const Matrix& W;
@@ -390,15 +382,12 @@ inline void time_mix6(Team& team, const Block& block, const BlockIO& io, Scratch
   }
 
   keep_last(team, io, D, normed, shift);
-  const Range columns = team.share(A, kGrain);
   const float *xw = mixed, *xk = by_data ? mixed + size : mixed, *xv = xk + size, *xr = xv + size, *xg = xr + size;
-  multiply(att.receptance, xr, rows, r, columns, packed);
-  multiply(att.key, xk, rows, k, columns, packed);
-  multiply(att.value, xv, rows, v, columns, packed);
-  if (has_gate) multiply(att.gate, xg, rows, g, columns, packed);
-  if (by_data) {
-    multiply_each(team, att.decay_down, xw, rows, w_low, packed, [](f8 x) { return tanh(x); });
-  }
+  const Product products[] = {
+      {att.decay_down, xw, w_low}, {att.receptance, xr, r}, {att.key, xk, k}, {att.value, xv, v}, {att.gate, xg, g}};
+  multiply_all(team, products, rows, packed, [&](size_t i, Range mine) {
+    if (i == 0) for_each(w_low, rows, att.decay_down.outputs, mine, [](f8 x) { return tanh(x); });
+  });
   team.sync();
 
   const Range heads = team.share(block.n_head, 1), mine = {heads.begin * N, heads.end * N};
