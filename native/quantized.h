@@ -1,6 +1,8 @@
 // Products with weights of 8 or 4 bits. A group of 64 inputs shares a scale (bfloat16) for each output; x is rounded
-// to 16-bit integers, 65 535 steps over its range, so that all that is lost is in the weights. Sums within a group
-// are integers, hence exact in any order; groups follow each other in order. Included once per instruction set.
+// to 16-bit integers, 65 535 steps over its range, so that all that is lost is in the weights. Only with 4 bits by
+// output x is rounded to 8 bits, each group with a scale of its own, or arithmetic would take longer than memory.
+// Sums within a group are integers, hence exact in any order; groups follow each other in order. Included once per
+// instruction set.
 //
 //     by output   (outputs, groups, 64): 64 bytes, or 32 whose low halves are the first 32 inputs of the group
 //     by input    (inputs, outputs rounded up to 64): 64 bytes, or 32 whose low halves are the first 32 outputs
@@ -71,6 +73,7 @@ inline s16 widen(u8_half x) {
 // What is stored is the number plus kOffset.
 struct Bits8 {
   static constexpr int kBytes = kGroup, kOffset = 0;
+  static constexpr bool kShortX = false;
   static void unpack(const uint8_t* from, s16 (&to)[4]) {
     for (int q = 0; q < 4; ++q) to[q] = widen(*reinterpret_cast<const s8_half_unaligned*>(from + q * kQuarter));
   }
@@ -78,6 +81,7 @@ struct Bits8 {
 
 struct Bits4 {
   static constexpr int kBytes = kGroup / 2, kOffset = 8;
+  static constexpr bool kShortX = true;
   static void unpack(const uint8_t* from, s16 (&to)[4]) {
     for (int q = 0; q < 2; ++q) {
       const u8_half both = *reinterpret_cast<const u8_half_unaligned*>(from + q * kQuarter);
@@ -89,9 +93,21 @@ struct Bits4 {
 
 inline int groups(int n) { return (n + kGroup - 1) / kGroup; }
 
-// Row by row to[i] = x[i] / scale, rounded; the returned scale gives x back. Zeros follow up to whole groups. A row
-// with an infinity or a NaN becomes zeros and the scale NaN, so that every product is NaN too.
-inline float round_row(const float* x, int n, int16_t* to) {
+// The sixteen-bit integers x / scale.
+inline void store_rounded(int16_t* p, f8 x, float times) {
+  const f8 magic = f8{} + 0x1.8p23f;  // adding it rounds to an integer
+  const i8 whole = __builtin_convertvector((x * times + magic) - magic, i8);
+#if defined(__AVX2__)
+  const __m256i words = _mm256_packs_epi32(reinterpret_cast<__m256i>(whole), reinterpret_cast<__m256i>(whole));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08)));
+#else
+  for (int j = 0; j < kLanes; ++j) p[j] = static_cast<int16_t>(whole[j]);
+#endif
+}
+
+// to[i] = x[i] / scale, rounded, where the largest becomes `steps`; the returned scale gives x back. Zeros follow up to
+// whole groups. A row with an infinity or a NaN becomes zeros and the scale NaN, so that every product is NaN too.
+inline float round_row(const float* x, int n, int16_t* to, float steps = kLargest) {
   f8 largest{}, excess{};  // of what is not finite: NaN; else 0
   for_eights(0, n, [&](int i, auto count) {
     const f8 y = load(x + i, count);
@@ -104,22 +120,46 @@ inline float round_row(const float* x, int n, int16_t* to) {
   }
   float most = 0;
   for (int i = 0; i < kLanes; ++i) most = std::max(most, largest[i]);
-  const float times = most > 0 ? kLargest / most : 0;
-  const f8 magic = f8{} + 0x1.8p23f;  // adding it rounds to an integer
-  for_eights(0, n, [&](int i, auto count) {
-    const f8 y = (load(x + i, count) * times + magic) - magic;
-    const i8 whole = __builtin_convertvector(y, i8);
-    for (int j = 0; j < count; ++j) to[i + j] = static_cast<int16_t>(whole[j]);
-  });
-  for (int i = n; i % kGroup; ++i) to[i] = 0;
-  return most / kLargest;
+  const float times = most > 0 ? steps / most : 0;
+  for_eights(0, n, [&](int i, auto count) { store_rounded(to + i, load(x + i, count), times); });
+  for (int i = (n + kLanes - 1) / kLanes * kLanes; i % kGroup; ++i) to[i] = 0;
+  return most / steps;
+}
+
+// The same for each group by itself.
+inline void round_groups(const float* x, int n, int16_t* to, float* scales) {
+  for (int g = 0; g < groups(n); ++g) {
+    const int begin = g * kGroup;
+    scales[g] = round_row(x + begin, std::min(kGroup, n - begin), to + begin, 127.0f);
+  }
+}
+
+// The eight sums of multiply_pairs over a group of four-bit weights, with 8 added to each, and x in eight bits.
+inline i8 multiply_nibbles(const uint8_t* group, const int8_t* x) {
+#if defined(__AVX2__)
+  const auto bytes = [](const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); };
+  const __m256i both = bytes(group), mask = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(both, mask), bytes(x));
+  const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), bytes(x + kGroup / 2));
+  const __m256i all = _mm256_add_epi16(low, high);
+  const __m128i words = _mm_add_epi16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  return reinterpret_cast<i8>(_mm256_cvtepi16_epi32(words));
+#else
+  s16 w[4];
+  Bits4::unpack(group, w);
+  i8 sums{};
+  for (int q = 0; q < 4; ++q) {
+    sums += multiply_pairs(w[q], widen(*reinterpret_cast<const s8_half_unaligned*>(x + q * kQuarter)));
+  }
+  return sums;
+#endif
 }
 
 // What a thread needs to multiply by matrices of up to that many inputs and outputs, in floats.
 inline size_t quantized_floats(int inputs, int outputs) {
   const size_t whole = size_t{kGroup} * groups(inputs), sums = size_t{kGroup} * groups(outputs);
-  const size_t rounded = kQuantizedRows * whole / 2;
-  return kQuantizedRows + 2 * whole + rounded + std::max(whole, sums);
+  const size_t rounded = kQuantizedRows * whole / 2, of_groups = size_t(kQuantizedRows) * groups(inputs);
+  return std::max<size_t>(kQuantizedRows, of_groups) + 2 * whole + rounded + std::max(whole, sums);
 }
 
 // --- by output ----------------------------------------------------------------------------------------------
@@ -127,43 +167,56 @@ inline size_t quantized_floats(int inputs, int outputs) {
 constexpr int kAhead = 1024;  // bytes between what is multiplied and what is asked for
 constexpr int kScales = 4;    // outputs whose scales are widened together
 
+// x_scales: one of the row, or with short x one of each group.
 template <class Bits>
-void quantized_dot_row(const Matrix& W, const int16_t* x, float scale, float* y, Range outputs, float* scales,
+void quantized_dot_row(const Matrix& W, const int16_t* x, const float* x_scales, float* y, Range outputs, float* scales,
                        int32_t* excess) {
   const int n = groups(W.inputs);
+  auto* bytes = reinterpret_cast<int8_t*>(excess + n * kLanes);  // of short x
   for (int g = 0; g < n && Bits::kOffset != 0; ++g) {  // what the offset adds to each group
     const s16 offset = s16{} + Bits::kOffset;
     i8 sums{};
     for (int q = 0; q < 4; ++q) sums += multiply_pairs(offset, load(x + g * kGroup + q * kQuarter));
     store(excess + g * kLanes, sums);
   }
+  float* of_x = scales + kScales * n;  // those of short x, for as many outputs
+  for (int i = 0; i < n * kGroup && Bits::kShortX; ++i) bytes[i] = static_cast<int8_t>(x[i]);
+  for (int o = 0; o < kScales && Bits::kShortX; ++o) std::copy(x_scales, x_scales + n, of_x + o * n);
   const auto* group = static_cast<const uint8_t*>(W.weights.data) + int64_t{outputs.begin} * n * Bits::kBytes;
   for (int begin = outputs.begin; begin < outputs.end; begin += kScales) {
     const int end = std::min(begin + kScales, outputs.end);
     const auto* short_scales = static_cast<const BFloat16*>(W.scales) + int64_t{begin} * n;
-    for_eights(0, (end - begin) * n, [&](int i, auto count) { store(scales + i, load(short_scales + i, count), count); });
+    for_eights(0, (end - begin) * n, [&](int i, auto count) {
+      const f8 of_weights = load(short_scales + i, count);
+      store(scales + i, Bits::kShortX ? of_weights * load(of_x + i, count) : of_weights, count);
+    });
     // One output after the other: a single stream through the memory is what it reads fastest.
     for (int o = begin; o < end; ++o) {
       const float* of_group = scales + (o - begin) * n;
       f8 total{};
       for (int g = 0; g < n; ++g, group += Bits::kBytes) {
         __builtin_prefetch(group + kAhead);
-        s16 w[4];
-        Bits::unpack(group, w);
-        const int16_t* input = x + g * kGroup;
-        i8 whole = (multiply_pairs(w[0], load(input)) + multiply_pairs(w[1], load(input + kQuarter))) +
-                   (multiply_pairs(w[2], load(input + 2 * kQuarter)) + multiply_pairs(w[3], load(input + 3 * kQuarter)));
+        i8 whole;
+        if constexpr (Bits::kShortX) {
+          whole = multiply_nibbles(group, bytes + g * kGroup);
+        } else {
+          s16 w[4];
+          Bits::unpack(group, w);
+          const int16_t* input = x + g * kGroup;
+          whole = (multiply_pairs(w[0], load(input)) + multiply_pairs(w[1], load(input + kQuarter))) +
+                  (multiply_pairs(w[2], load(input + 2 * kQuarter)) + multiply_pairs(w[3], load(input + 3 * kQuarter)));
+        }
         if constexpr (Bits::kOffset != 0) whole -= load(excess + g * kLanes);
         total = multiply_add(__builtin_convertvector(whole, f8), of_group[g], total);
       }
-      y[o] = sum(total) * scale;
+      y[o] = sum(total) * (Bits::kShortX ? 1.0f : x_scales[0]);
     }
   }
 }
 
-template <int R, int O>
+template <int R, int O, bool kShortX>
 void quantized_tile(const int16_t* x, int64_t ldx, const int16_t* w, int64_t ldw, int n_groups, const float* scales,
-                    int64_t ld_scales, const float* row_scales, float* y, int64_t ldy) {
+                    int64_t ld_scales, const float* x_scales, float* y, int64_t ldy) {
   f8 total[R][O] = {};
   for (int g = 0; g < n_groups; ++g) {
     i8 whole[R][O] = {};
@@ -177,16 +230,19 @@ void quantized_tile(const int16_t* x, int64_t ldx, const int16_t* w, int64_t ldw
       }
     }
     for (int o = 0; o < O; ++o) {
-      for (int r = 0; r < R; ++r) total[r][o] = multiply_add(__builtin_convertvector(whole[r][o], f8), scales[o * ld_scales + g], total[r][o]);
+      for (int r = 0; r < R; ++r) {
+        const float scale = scales[o * ld_scales + g] * (kShortX ? x_scales[r * n_groups + g] : 1.0f);
+        total[r][o] = multiply_add(__builtin_convertvector(whole[r][o], f8), scale, total[r][o]);
+      }
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int o = 0; o < O; ++o) y[r * ldy + o] = sum(total[r][o]) * row_scales[r];
+    for (int o = 0; o < O; ++o) y[r * ldy + o] = sum(total[r][o]) * (kShortX ? 1.0f : x_scales[r]);
   }
 }
 
 template <class Bits>
-void quantized_dot_rows(const Matrix& W, const int16_t* x, int rows, const float* row_scales, float* y, Range outputs,
+void quantized_dot_rows(const Matrix& W, const int16_t* x, int rows, const float* x_scales, float* y, Range outputs,
                         int16_t* wide, float* scales) {
   constexpr int R = 3, O = 2;
   const int n = groups(W.inputs), depth = n * kGroup;
@@ -204,8 +260,9 @@ void quantized_dot_rows(const Matrix& W, const int16_t* x, int rows, const float
       for_eights(0, n, [&](int g, auto count) { store(scales + o * depth + g, load(short_scales + at + g, count), count); });
     }
     const auto tile = [&](auto R_, auto O_, int row) {
-      quantized_tile<R_, O_>(x + int64_t{row} * depth, depth, wide, depth, n, scales, depth, row_scales + row,
-                             y + int64_t{row} * W.outputs + begin, W.outputs);
+      const float* of_x = x_scales + row * (Bits::kShortX ? n : 1);
+      quantized_tile<R_, O_, Bits::kShortX>(x + int64_t{row} * depth, depth, wide, depth, n, scales, depth, of_x,
+                                            y + int64_t{row} * W.outputs + begin, W.outputs);
     };
     using One = std::integral_constant<int, 1>;
     int row = 0;
@@ -219,45 +276,40 @@ void quantized_dot_rows(const Matrix& W, const int16_t* x, int rows, const float
 
 // --- by input -----------------------------------------------------------------------------------------------
 
-constexpr int kPairs = 2;  // pairs of inputs that one pass over the sums takes along
+constexpr int kPairs = 2;         // pairs of inputs that one pass over the sums takes along
+constexpr int kInputsAhead = 12;  // active inputs between what is multiplied and what is asked for
 
 // For one row of x: group after group, what its inputs that are not zero add to the outputs. `sums`: whole strips.
+// active: room for the inputs.
 template <class Bits>
-void quantized_strips(const Matrix& W, const int16_t* x, float scale, float* y, Range outputs, int32_t* sums) {
+void quantized_strips(const Matrix& W, const int16_t* x, float scale, float* y, Range outputs, int32_t* sums,
+                      int* active) {
   const int n = groups(W.inputs);
   const auto* weights = static_cast<const uint8_t*>(W.weights.data);
   const auto* short_scales = static_cast<const BFloat16*>(W.scales);
   const int64_t stride = int64_t{groups(W.outputs)} * Bits::kBytes;
   const int first = outputs.begin / kGroup, strips = groups(outputs.end) - first;
   std::fill(y + outputs.begin, y + outputs.end, 0.0f);
-  // The inputs to look at, one group ahead of those that are multiplied: they are asked for in time.
-  int lists[2][kGroup + 2 * kPairs], counts[2] = {};
-  const auto find = [&](int g, int* found) {
-    int count = 0;
-    for (int k = g * kGroup; k < std::min(W.inputs, (g + 1) * kGroup); ++k) {
-      found[count] = k;
-      count += x[k] != 0;
-    }
-    return count;
-  };
-  counts[0] = find(0, lists[0]);
+  int n_active = 0;
+  for (int k = 0; k < W.inputs; ++k) {
+    active[n_active] = k;
+    n_active += x[k] != 0;
+  }
+  const int* now = active;
   for (int g = 0; g < n; ++g) {
-    int* now = lists[g % 2];
-    int* next = lists[(g + 1) % 2];
-    const int count = counts[g % 2], next_count = counts[(g + 1) % 2] = g + 1 < n ? find(g + 1, next) : 0;
-    for (int i = 0; i < 2 * kPairs && count > 0; ++i) now[count + i] = -1;  // no input
+    int count = 0;
+    while (now + count < active + n_active && now[count] < (g + 1) * kGroup) ++count;
     for (int i = 0; i < count; i += 2 * kPairs) {
       const uint8_t *from[2 * kPairs], *soon[2 * kPairs];
       s16 times[kPairs];
       for (int j = 0; j < 2 * kPairs; ++j) {
-        const int k = now[i + j] >= 0 ? now[i + j] : now[i];
-        const int later = i + j + 2 * kPairs;
-        const int wanted = later < count ? now[later] : later - count < next_count ? next[later - count] : k;
+        const int k = i + j < count ? now[i + j] : now[i];
+        const int* later = std::min<const int*>(now + i + j + kInputsAhead, active + n_active - 1);
         from[j] = weights + k * stride + first * Bits::kBytes;
-        soon[j] = weights + wanted * stride + first * Bits::kBytes;
+        soon[j] = weights + *later * stride + first * Bits::kBytes;
       }
       for (int p = 0; p < kPairs; ++p) {
-        const auto value = [&](int j) { return static_cast<uint16_t>(now[j] >= 0 ? x[now[j]] : 0); };
+        const auto value = [&](int j) { return static_cast<uint16_t>(j < count ? x[now[j]] : 0); };
         times[p] = reinterpret_cast<s16>(u8{} + (value(i + 2 * p) | static_cast<uint32_t>(value(i + 2 * p + 1)) << 16));
       }
       for (int strip = 0; strip < strips; ++strip) {
@@ -279,6 +331,7 @@ void quantized_strips(const Matrix& W, const int16_t* x, float scale, float* y, 
         for (int v = 0; v < 8; ++v) store(at + v * kLanes, whole[v]);
       }
     }
+    now += count;
     if (count == 0) continue;
     const int begin = first * kGroup;
     for_eights(outputs.begin, outputs.end, [&](int o, auto some) {
@@ -293,26 +346,33 @@ void quantized_strips(const Matrix& W, const int16_t* x, float scale, float* y, 
 
 template <class Bits>
 void multiply_quantized(const Matrix& W, const float* x, int rows, float* y, Range outputs, float* scratch) {
-  const int whole = groups(W.inputs) * kGroup;
-  float* row_scales = scratch;
-  float* scales = row_scales + kQuantizedRows;
+  const int n = groups(W.inputs), whole = n * kGroup;
+  float* x_scales = scratch;  // of each row, or with short x of each group of each row
+  float* scales = x_scales + kQuantizedRows * std::max(1, n);
   auto* rounded = reinterpret_cast<int16_t*>(scales + 2 * whole);
   int16_t* wide = rounded + int64_t{kQuantizedRows} * whole;
   for (int begin = 0; begin < rows; begin += kQuantizedRows) {
     const int some = std::min(kQuantizedRows, rows - begin);
     for (int r = 0; r < some; ++r) {
-      row_scales[r] = round_row(x + int64_t{begin + r} * W.inputs, W.inputs, rounded + int64_t{r} * whole);
+      const float* row = x + int64_t{begin + r} * W.inputs;
+      int16_t* at = rounded + int64_t{r} * whole;
+      if (Bits::kShortX && !W.by_input) {
+        round_groups(row, W.inputs, at, x_scales + r * n);
+      } else {
+        x_scales[r] = round_row(row, W.inputs, at);
+      }
     }
     float* to = y + int64_t{begin} * W.outputs;
     if (W.by_input) {
       auto* sums = reinterpret_cast<int32_t*>(rounded + int64_t{kQuantizedRows} * whole);
       for (int r = 0; r < some; ++r) {
-        quantized_strips<Bits>(W, rounded + int64_t{r} * whole, row_scales[r], to + int64_t{r} * W.outputs, outputs, sums);
+        quantized_strips<Bits>(W, rounded + int64_t{r} * whole, x_scales[r], to + int64_t{r} * W.outputs, outputs, sums,
+                               reinterpret_cast<int*>(scales));
       }
     } else if (some == 1) {
-      quantized_dot_row<Bits>(W, rounded, row_scales[0], to, outputs, scales, reinterpret_cast<int32_t*>(wide));
+      quantized_dot_row<Bits>(W, rounded, x_scales, to, outputs, scales, reinterpret_cast<int32_t*>(wide));
     } else {
-      quantized_dot_rows<Bits>(W, rounded, some, row_scales, to, outputs, wide, scales);
+      quantized_dot_rows<Bits>(W, rounded, some, x_scales, to, outputs, wide, scales);
     }
   }
 }

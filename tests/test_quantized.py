@@ -90,8 +90,9 @@ def test_products_are_those_of_the_stored_weights(name: str, bits: int, data: st
         assert torch.equal(made(x[row : row + 1])[0], y[row])  # a row's bits depend on the row alone
     torch.set_num_threads(before)
     weight = made.dequantized().double()
-    # x is rounded to 32767 steps a side, and the sum of the groups is float32.
-    bound = x.double().abs().amax(dim=1, keepdim=True) * weight.abs().sum(dim=1) * (0.5 / 32767 + 2e-6)
+    # x is rounded to so many steps a side, and the sum of the groups is float32.
+    steps = 127 if bits == 4 and not by_input else 32767
+    bound = x.double().abs().amax(dim=1, keepdim=True) * weight.abs().sum(dim=1) * (0.5 / steps + 2e-6)
     assert ((y.double() - x.double() @ weight.mT).abs() <= bound).all()
 
 
@@ -113,7 +114,8 @@ def test_a_quantised_model_is_the_model_of_its_stored_weights(shape: str, tier: 
         with use_backend(backend):
             logits, state = model(tokens)
             one, _ = model(tokens[:, :1], state)
-        assert float((logits - expected).norm() / expected.norm()) < 1e-3
+        rounds_x = tier == "int4" and native.why_not() is None  # to 8 bits
+        assert float((logits - expected).norm() / expected.norm()) < (0.2 if rounds_x else 1e-3)
         assert one.isfinite().all()
 
 
