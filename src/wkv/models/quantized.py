@@ -8,7 +8,9 @@ Everything else (embedding, norms, mixes, low-rank paths) keeps its format: it i
 row at a time. In the tier "int4" the head keeps 8 bits: it is what the probabilities come from directly.
 
 A matrix W [out, in] is stored as `weight` (uint8: the bytes, see native/quantized.h) and `scales` (bfloat16),
-rounded to the nearest: |W - stored| <= scale / 2, where scale = max |W| of the group / 127, with 4 bits / 7.
+rounded to the nearest number times scale. With 8 bits, scale = max |W| of the group / 127 and all numbers are
+in reach: |W - stored| <= scale / 2. With 4 bits it is the one of a few scales that loses least: it is given
+the sign with which W's largest becomes -8, for there is no +8, and may be too small for that one W.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from .base import RWKV
 from .layers import Linear
 
 GROUP = native.GROUP
-_LARGEST = {8: 127, 4: 7}
+_LARGEST = 127
+_ROWS = 1024  # of a matrix, rounded at a time; whole groups, where outputs share bytes
+_REACHES = (7.0, 7.5, 8.0, 8.5, 9.0, 9.5, 10.0, 10.5)  # what W's largest may be, in scales, before -8 cuts it off
 
 
 class QuantizedLinear(nn.Module):
@@ -60,8 +64,8 @@ class QuantizedLinear(nn.Module):
     @torch.no_grad()
     def store(self, weight: Tensor) -> None:
         """Round W [out, in], a few rows at a time, into the buffers."""
-        for start in range(0, self.n_out, 4096):
-            numbers, scales = _rounded(weight[start : start + 4096].float(), self.bits)
+        for start in range(0, self.n_out, _ROWS):
+            numbers, scales = _rounded(weight[start : start + _ROWS].float(), self.bits)
             stop = start + len(numbers)
             if self.by_input:
                 self.scales[:, start:stop] = scales.mT
@@ -135,13 +139,35 @@ def _rounded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """W [out, in] float32 as whole numbers (out, in) int8 and scales (out, groups) bfloat16."""
     n_out, n_in = weight.shape
     groups = F.pad(weight, (0, _groups(n_in) * GROUP - n_in)).view(n_out, -1, GROUP)
-    exact = groups.abs().amax(dim=2) / _LARGEST[bits]
+    numbers, scales = (_in_8_bits if bits == 8 else _in_4_bits)(groups)
+    return numbers.to(torch.int8).view(n_out, -1)[:, :n_in], scales
+
+
+def _in_8_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
+    exact = groups.abs().amax(dim=2) / _LARGEST
     scales = exact.to(torch.bfloat16)
     scales = torch.where(
         scales.float() < exact, torch.nextafter(scales, scales.new_tensor(torch.inf)), scales
     )
-    numbers = torch.round(groups / scales.float().clamp_min(1e-38)[:, :, None])
-    return numbers.to(torch.int8).view(n_out, -1)[:, :n_in], scales
+    return torch.round(groups / scales.float().clamp_min(1e-38)[:, :, None]), scales
+
+
+def _in_4_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale of least squared error among `_REACHES`, and the numbers, -8 to 7."""
+    largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
+    largest = torch.where(largest.abs() < 1e-36, 0, largest)  # as good as nothing, and out of bfloat16's reach
+    shares = torch.where(largest == 0, 0, groups / largest)  # at most 1, so that no square is out of reach
+    least = torch.full_like(largest, torch.inf)
+    numbers, scales = torch.zeros_like(groups), torch.zeros_like(largest, dtype=torch.bfloat16)
+    for reach in _REACHES:
+        scale = (largest / -reach).to(torch.bfloat16)
+        step = torch.where(largest == 0, 1, scale.float() / largest)  # about -1 / reach
+        found = torch.round(shares / step).clamp_(-8, 7)
+        error = (found * step - shares).square_().sum(dim=2, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        numbers, scales = torch.where(better, found, numbers), torch.where(better, scale, scales)
+    return numbers, scales[:, :, 0]
 
 
 def _packed(numbers: Tensor, bits: int) -> Tensor:
