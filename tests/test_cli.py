@@ -123,7 +123,7 @@ def test_every_example_of_the_help_is_a_valid_command_line(wkv_command, command)
     ]
     for tokens in examples:
         function, bound, _ = _app().parse_args(tokens, print_error=False, exit_on_error=False)
-        assert function.__module__ == f"wkv.cli.{command}"
+        assert function.__module__ == f"wkv.cli.{command.replace('-', '_')}"
         assert bound is not None
 
 

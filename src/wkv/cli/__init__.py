@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": "[MODEL] PROMPT [OPTIONS]",
     "chat": "[MODEL] [OPTIONS]",
     "bench": "[MODEL] [OPTIONS]",
+    "quantize-report": "[MODEL] [OPTIONS]",
     "convert": "SOURCE TARGET [OPTIONS]",
 }
 
@@ -80,7 +81,8 @@ def _app() -> App:
     )
     for name, usage in COMMANDS.items():
         line = {} if usage is None else {"usage": f"wkv {name} {usage}"}
-        app.command(f"wkv.cli.{name}:{name}", name=name, **line)
+        function = name.replace("-", "_")
+        app.command(f"wkv.cli.{function}:{function}", name=name, **line)
     return app
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ..config import CONFIGS
+from ..config import CONFIGS, Config
 from .common import (
     MODEL_DEFAULTS,
     ModelFlags,
@@ -89,12 +89,11 @@ def bench(
 
 def load_or_build(name: str | None, how: ModelFlags) -> tuple[str, RWKV]:
     """A file where there is one; else a published size, such as rwkv7-0.1b, with random weights."""
-    known = re.fullmatch(r"rwkv([4-7])-([\d.]+[mb])", name or "", re.IGNORECASE)
-    if name is None or known is None or Path(name).exists():
+    config = published_size(name)
+    if config is None:
         path = find_model(name)
         return str(path), load_model(path, how)[0]
     use_threads(how.threads)
-    config = CONFIGS[int(known[1])].named(known[2])
     import torch
 
     from ..models import build
@@ -107,20 +106,25 @@ def load_or_build(name: str | None, how: ModelFlags) -> tuple[str, RWKV]:
     return f"{name} with random weights", model
 
 
+def published_size(name: str | None) -> Config | None:
+    """The config of a size such as rwkv7-0.1b; None for any other name, and where there is such a file."""
+    known = re.fullmatch(r"rwkv([4-7])-([\d.]+[mb])", name or "", re.IGNORECASE)
+    if name is None or known is None or Path(name).exists():
+        return None
+    return CONFIGS[int(known[1])].named(known[2])
+
+
 def measure(model: RWKV) -> dict[str, Any]:
     """The figures of a model on the device and with the threads that it runs on now."""
     import torch
 
     from ..models import build
 
-    tokens = torch.randint(
-        model.config.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)
-    )
-    tokens = tokens.to(model.device)
+    tokens = _prompt(model)
     with torch.inference_mode():
         _, state = model(tokens, output="last")
         prefill = _median_seconds(lambda: model(tokens, output="last"), model.device)
-        decode = _median_seconds(lambda: model(tokens[:, :1], state), model.device)
+    decode = decode_seconds(model)
     weights = sum(weight.nbytes for name, weight in model.state_dict().items() if name != "emb.weight")
     unskipped = weights + 2 * state.nbytes
     zeros = share_of_zeros(model, tokens)
@@ -144,6 +148,24 @@ def measure(model: RWKV) -> dict[str, Any]:
         "bandwidth_bytes_per_second": bandwidth,
         "efficiency": moved / bandwidth / decode,
     }
+
+
+def decode_seconds(model: RWKV) -> float:
+    """The median time of one token after a prompt."""
+    import torch
+
+    tokens = _prompt(model)
+    with torch.inference_mode():
+        _, state = model(tokens, output="last")
+        return _median_seconds(lambda: model(tokens[:, :1], state), model.device)
+
+
+def _prompt(model: RWKV) -> torch.Tensor:
+    """Tokens (1, PROMPT_TOKENS) drawn by lot, always the same."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (1, PROMPT_TOKENS), generator=generator).to(model.device)
 
 
 def share_of_zeros(model: RWKV, tokens: torch.Tensor) -> float:

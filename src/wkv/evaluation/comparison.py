@@ -1,7 +1,7 @@
 """What a second form of a model loses: both read the same documents, and their predictions are compared.
 
-    found = compare(model, wkv.load(path, quantize="int8")[0], documents, separator=0, n_bytes=n_bytes)
-    found.kl, found.agreement, found.bits_per_byte, found.other_bits_per_byte
+found = compare(model, wkv.load(path, quantize="int8")[0], documents, separator=0, n_bytes=n_bytes)
+found.kl, found.agreement, found.bits_per_byte, found.other_bits_per_byte
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Comparison:
     @property
     def lost(self) -> float:
         """By which share of the model's bits the other needs more: 0.01 is 1 %. Below 0 it needs fewer."""
-        return self.other_loss / self.loss - 1
+        return self.other_loss / self.loss - 1 if self.loss else 0.0
 
     def _per_byte(self, loss: float) -> float | None:
         return loss * self.n_tokens / self.n_bytes / math.log(2) if self.n_bytes else None
@@ -73,7 +73,7 @@ def compare(
     InputError for models of different vocabularies, and when there is no token at all.
     """
     V, V_other = model.config.vocab_size, other.config.vocab_size
-    if V != V_other:
+    if V_other != V:
         raise InputError(f"the models have {V} and {V_other} tokens", "models of one vocabulary")
     at_once = max(1, min(TOKENS, LOGITS // V))
     sums = torch.zeros(4, dtype=torch.float64)
@@ -97,7 +97,7 @@ def compare(
 
 
 def _sums(logits: Tensor, other_logits: Tensor, targets: Tensor) -> Tensor:
-    """Over T tokens, with logits (T, V): both losses, KL, and how often both hold the same token likeliest."""
+    """Over T tokens, with logits (T, V): both losses, KL, and how often the likeliest tokens agree."""
     log_p = logits.double().log_softmax(dim=-1)
     log_q = other_logits.to(log_p).log_softmax(dim=-1)
     at = targets[:, None].to(log_p.device)

@@ -28,7 +28,16 @@ from .layers import Linear
 GROUP = native.GROUP
 _LARGEST = 127
 _ROWS = 1024  # of a matrix, rounded at a time; whole groups, where outputs share bytes
-_REACHES = (7.0, 7.5, 8.0, 8.5, 9.0, 9.5, 10.0, 10.5)  # what W's largest may be, in scales, before -8 cuts it off
+_REACHES = (
+    7.0,
+    7.5,
+    8.0,
+    8.5,
+    9.0,
+    9.5,
+    10.0,
+    10.5,
+)  # what W's largest may be, in scales, before -8 cuts it off
 
 
 class QuantizedLinear(nn.Module):
@@ -155,7 +164,9 @@ def _in_8_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
 def _in_4_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
     """The scale of least squared error among `_REACHES`, and the numbers, -8 to 7."""
     largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    largest = torch.where(largest.abs() < 1e-36, 0, largest)  # as good as nothing, and out of bfloat16's reach
+    largest = torch.where(
+        largest.abs() < 1e-36, 0, largest
+    )  # as good as nothing, and out of bfloat16's reach
     shares = torch.where(largest == 0, 0, groups / largest)  # at most 1, so that no square is out of reach
     least = torch.full_like(largest, torch.inf)
     numbers, scales = torch.zeros_like(groups), torch.zeros_like(largest, dtype=torch.bfloat16)
