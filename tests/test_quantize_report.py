@@ -20,7 +20,7 @@ from wkv.cli import quantize_report as report
 from wkv.cli.common import ModelFlags
 from wkv.config import RWKV7Config
 from wkv.errors import InputError
-from wkv.evaluation import Comparison, comparison, compare
+from wkv.evaluation import Comparison, compare, comparison
 from wkv.models import RWKV
 from wkv.models.quantized import quantize
 from wkv.pretrained import held_out_files
@@ -243,6 +243,19 @@ def test_a_wrong_command_line_gets_one_line_with_a_way_out(
     assert result.status == status
     assert result.out == ""
     assert result.err.count("\n") == 1 and advice in result.err
+
+
+def test_convert_calibrates_on_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for flags in ([], ["--calibrate", "text.txt"]):
+        files.append(f"{len(flags)}.safetensors")
+        assert main(["convert", "model.safetensors", files[-1], "--quantize", "int4", *flags]) == 0
+    assert "calibrating on 512 tokens" in capsys.readouterr().err
+    document = list((folder / "text.txt").read_bytes()[:512])
+    plain, calibrated = (compare(model_of(), wkv.load(file)[0], [document], separator=0) for file in files)
+    assert calibrated.kl < 0.8 * plain.kl
+    assert main(["convert", "model.safetensors", "x.safetensors", "--calibrate", "text.txt"]) == 2
+    assert "--quantize int4" in capsys.readouterr().err
 
 
 SAME = Comparison(n_tokens=1000, n_bytes=1000, loss=1.0, other_loss=1.0, kl=0.0, agreement=1.0)

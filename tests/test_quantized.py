@@ -87,6 +87,57 @@ def test_zeros_and_a_single_outlier_survive(outlier: float, bits: int) -> None:
     assert float(made.dequantized()[1, 5]) == pytest.approx(outlier, rel=0.01, abs=1e-36)
 
 
+@pytest.mark.parametrize("by_input", [False, True])
+def test_on_correlated_inputs_compensated_rounding_loses_less(by_input: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 12, generator=generator) @ torch.randn(12, 150, generator=generator)
+    x += 0.1 * torch.randn(x.shape, generator=generator)
+    x[:, 70] = 0  # an input that the text never uses
+    plain, weight = linear(150, 1100, 4, by_input)
+    made, again = (QuantizedLinear(150, 1100, 4, by_input=by_input) for _ in range(2))
+    for each in (made, again):
+        each.store(weight, x.mT @ x)
+    lost = [float((x @ (each.dequantized() - weight).mT).norm()) for each in (made, plain)]
+    assert lost[0] < 0.5 * lost[1]
+    for name, buffer in made.named_buffers():
+        assert torch.equal(buffer, again.get_buffer(name))
+        assert (buffer.dtype, buffer.shape) == (plain.get_buffer(name).dtype, plain.get_buffer(name).shape)
+
+
+def test_inputs_that_have_nothing_in_common_are_rounded_as_without_a_text() -> None:
+    made, weight = linear(130, 70, 4, False)
+    before = made.dequantized()
+    made.store(weight, 3 * torch.eye(130))
+    assert torch.equal(made.dequantized(), before)
+
+
+@pytest.mark.parametrize("name", ["4", "5.2", "6", "7"])
+@torch.no_grad()
+def test_a_calibrated_model_is_nearer_to_the_exact_one_and_its_file_is_like_any_other(
+    name: str, tmp_path: Path
+) -> None:
+    exact, model, plain = (small_model(name, dtype=torch.float32) for _ in range(3))
+    text = random_tokens(model, 12, 40)
+    quantize(model, "int4", text)
+    quantize(plain, "int4")
+    described = [
+        {key: (part.dtype, part.shape) for key, part in m.state_dict().items()} for m in (model, plain)
+    ]
+    assert described[0] == described[1] and model.quantization == "int4"
+    lost = [float((m(text)[0] - exact(text)[0]).norm()) for m in (model, plain)]
+    assert lost[0] < 0.95 * lost[1]
+    wkv.save(model, tmp_path / "small.safetensors")
+    loaded, _ = wkv.load(tmp_path / "small.safetensors")
+    assert torch.equal(loaded(text)[0], model(text)[0])
+
+
+def test_8_bits_are_not_calibrated() -> None:
+    model = small_model("7", dtype=torch.float32)
+    with pytest.raises(ConfigError, match="int4"):
+        quantize(model, "int8", random_tokens(model, 1, 9))
+    assert model.quantization is None
+
+
 @needs_engine
 @pytest.mark.parametrize("name", native.engines())
 @pytest.mark.parametrize("bits", [8, 4])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ..errors import CheckpointError, InputError, TokenizerError
+from ..errors import CheckpointError
 from .bench import decode_seconds, published_size
 from .common import (
     MODEL_DEFAULTS,
@@ -23,6 +23,7 @@ from .common import (
     use_device,
     use_threads,
 )
+from .reading import Reading, random_tokens, read_text
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -35,20 +36,6 @@ TIERS = ("bfloat16", "int8", "int4")
 ENOUGH = 20_000  # tokens: of fewer, the last digits are chance
 UNSEEN_BITS = 0.002  # per byte: a loss that nobody notices
 TOO_MUCH = 0.01  # of the bits
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the tiers read."""
-
-    description: str
-    documents: list[list[int]]
-    separator: int = 0
-    n_bytes: int | None = None  # None: the tokens are no text
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(map(len, self.documents))
 
 
 def quantize_report(
@@ -139,57 +126,6 @@ def load_tier(
         tokenizer = tokenizers.named(how.tokenizer)
         tokenizers.check_fits(tokenizer, config.vocab_size)
     return quantize(model, bits) if bits else model, tokenizer
-
-
-def random_tokens(vocab_size: int, n_tokens: int) -> Reading:
-    """One document of tokens drawn by lot, always the same."""
-    import torch
-
-    drawn = torch.randint(vocab_size, (n_tokens,), generator=torch.Generator().manual_seed(0))
-    return Reading("random tokens, which are no text and have no bits per byte", [drawn.tolist()])
-
-
-def read_text(
-    sources: tuple[str, ...], tokenizer: Tokenizer | None, vocab_size: int, n_tokens: int
-) -> Reading:
-    """The first tokens of these sources, or of the files that the model of wkv never saw.
-
-    TokenizerError where there is none, InputError where there is no text.
-    """
-    from ..pretrained import held_out_files
-    from ..training.data import Skipped, read, standard_library
-    from ..training.data.sources import Encoded
-
-    if tokenizer is None:
-        raise TokenizerError(
-            f"no tokenizer is known for a vocabulary of {vocab_size} entries",
-            "the World, Pile or byte vocabulary, or a tokenizer.json beside the model",
-            "--tokenizer with world, bytes, or the path of a tokenizer.json",
-        )
-    separator, skipped = tokenizer.end_of_text or 0, Skipped()
-    texts: Iterable[str | list[int]]
-    if sources:
-        found = read(sources, skipped=skipped, separator=separator, vocab_size=vocab_size)
-        texts = (each.tokens.tolist() if isinstance(each, Encoded) else each.text for each in found)
-        description = " ".join(sources)
-    else:
-        unseen = held_out_files()
-        texts = (file.text.decode() for file in standard_library() if file.path in unseen)
-        description = "files of Python's standard library that the model of wkv never saw"
-    documents: list[list[int]] = []
-    n_bytes, missing = 0, n_tokens
-    for each in texts:
-        ids = tokenizer.encode(each) if isinstance(each, str) else each
-        ids = (ids if ids[-1:] == [separator] else [*ids, separator])[:missing]  # as a pack has it
-        n_bytes += len(tokenizer.decode_bytes(ids[:-1] if ids[-1] == separator else ids))
-        documents.append(ids)
-        missing -= len(ids)
-        if not missing:
-            break
-    if not n_bytes:
-        reasons = f" (left out: {', '.join(skipped.counts)})" if skipped.counts else ""
-        raise InputError(f"{description}: there is no text{reasons}", "text to read", "--text FILE")
-    return Reading(description, documents, separator, n_bytes)
 
 
 def describe(name: str, full: RWKV, reading: Reading) -> dict[str, Any]:

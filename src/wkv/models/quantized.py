@@ -1,8 +1,9 @@
 """Matrices of 8 or 4 bits, for inference: a group of 64 inputs shares a scale for each output.
 
     wkv.load(path, quantize="int8")
-    quantize(model, "int8")        in place: the matrices of the time and channel mixes, and the head
-    QuantizedLinear                what stands where a Linear stood
+    quantize(model, "int8")              in place: the matrices of the time and channel mixes, and the head
+    quantize(model, "int4", tokens)      the same, and what rounding loses on that text is made good
+    QuantizedLinear                      what stands where a Linear stood
 
 Everything else (embedding, norms, mixes, low-rank paths) keeps its format: it is a small part, or read one
 row at a time. In the tier "int4" the head keeps 8 bits: it is what the probabilities come from directly.
@@ -15,6 +16,10 @@ the sign with which W's largest becomes -8, for there is no +8, and may be too s
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,12 +27,14 @@ from torch import Tensor, nn
 from ..checkpoints import QUANTIZATIONS
 from ..errors import ConfigError
 from ..ops import native
-from .base import RWKV
+from .base import RWKV, Block
 from .layers import Linear
 
 GROUP = native.GROUP
 _LARGEST = 127
 _ROWS = 1024  # of a matrix, rounded at a time; whole groups, where outputs share bytes
+_ROWS_OF_TEXT = 8  # read at a time
+_DAMPING = 0.1
 _REACHES = (
     7.0,
     7.5,
@@ -71,10 +78,18 @@ class QuantizedLinear(nn.Module):
         return self
 
     @torch.no_grad()
-    def store(self, weight: Tensor) -> None:
-        """Round W [out, in], a few rows at a time, into the buffers."""
+    def store(self, weight: Tensor, moments: Tensor | None = None) -> None:
+        """Round W [out, in], a few rows at a time, into the buffers.
+
+        moments  (in, in) the sum of x^T x over a text: 4 bits are then chosen so that W x loses least there
+        """
+        factor = None if moments is None else _factor(moments)
         for start in range(0, self.n_out, _ROWS):
-            numbers, scales = _rounded(weight[start : start + _ROWS].float(), self.bits)
+            rows = weight[start : start + _ROWS].float()
+            if factor is None:
+                numbers, scales = _rounded(rows, self.bits)
+            else:
+                numbers, scales = _compensated(rows, factor)
             stop = start + len(numbers)
             if self.by_input:
                 self.scales[:, start:stop] = scales.mT
@@ -106,11 +121,16 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.n_in}, out_features={self.n_out}, bits={self.bits}"
 
 
-def quantize(model: RWKV, tier: str) -> RWKV:
+@torch.no_grad()
+def quantize(model: RWKV, tier: str, calibration: Tensor | None = None) -> RWKV:
     """Give the model's matrices 8 or 4 bits, one after the other, in place; returns the model.
 
+    calibration  (B, T) int64, for "int4": rows of a text like those that the model will read, each from a
+                 fresh state; 48 rows of 512 tokens do. The matrices of 4 bits are then rounded to lose little
+                 on what they meet there, block after block, each behind the rounded ones before it
+
     On the meta device it makes the shell for a quantised file. ConfigError for a tier other than "int8" and
-    "int4", and for a model that is quantised already.
+    "int4", for a calibration of "int8", and for a model that is quantised already.
     """
     if tier not in QUANTIZATIONS:
         raise ConfigError(f"there is no tier {tier!r}", f"one of {', '.join(QUANTIZATIONS)}")
@@ -118,18 +138,61 @@ def quantize(model: RWKV, tier: str) -> RWKV:
         raise ConfigError(
             f"the model is in {model.quantization} already", "weights in full", "its original file"
         )
-    for name, linear in list(model.named_modules()):
+    if calibration is None:
+        _replace(model, tier)
+    elif tier != "int4":
+        raise ConfigError(f"a calibration text changes nothing in {tier}", "int4", "no calibration")
+    else:
+        _calibrate(model, calibration)
+        _replace(model, tier)  # the head
+    model.quantization = tier
+    return model
+
+
+def _replace(module: nn.Module, tier: str, moments: Mapping[str, Tensor] | None = None) -> None:
+    """Every Linear inside, rounded; `moments` by name."""
+    for name, linear in list(module.named_modules()):
         if not isinstance(linear, Linear):
             continue
         bits = 8 if tier == "int8" or name == "head" else 4
         with linear.weight.device:
             made = QuantizedLinear(linear.in_features, linear.out_features, bits, by_input=linear.sparse)
         if linear.weight.device.type != "meta":
-            made.store(linear.weight)
+            made.store(linear.weight, moments[name] if moments else None)
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, made.train(linear.training))
-    model.quantization = tier
-    return model
+        setattr(module.get_submodule(parent), last, made.train(linear.training))
+
+
+def _calibrate(model: RWKV, tokens: Tensor) -> None:
+    """Round block after block; what the text has become is carried from one to the next."""
+    rows: list[tuple[Tensor, Tensor | None]] = [
+        (model.emb(some), None) for some in tokens.to(model.device).split(_ROWS_OF_TEXT)
+    ]
+    for block in cast("list[Block]", list(model.blocks)):
+        _replace(block, "int4", _moments(block, rows))
+        rows = [block(x, v_first)[:2] for x, v_first in rows]
+
+
+def _moments(block: Block, rows: Sequence[tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+    """For each Linear of the block the sum of x^T x over the rows, (in, in) float32."""
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+        found[name] = found[name].addmm_(x.mT, x) if name in found else x.mT @ x
+
+    hooks = [
+        linear.register_forward_pre_hook(partial(add, name))
+        for name, linear in block.named_modules()
+        if isinstance(linear, Linear)
+    ]
+    try:
+        for x, v_first in rows:
+            block(x, v_first)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def stored(shell: QuantizedLinear, weight: Tensor) -> dict[str, Tensor]:
@@ -161,8 +224,11 @@ def _in_8_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(groups / scales.float().clamp_min(1e-38)[:, :, None]), scales
 
 
-def _in_4_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale of least squared error among `_REACHES`, and the numbers, -8 to 7."""
+def _in_4_bits(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The scale of least squared error among `_REACHES`, and the numbers, -8 to 7.
+
+    importance  (GROUP,) a factor for each square
+    """
     largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
     largest = torch.where(
         largest.abs() < 1e-36, 0, largest
@@ -174,11 +240,51 @@ def _in_4_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
         scale = (largest / -reach).to(torch.bfloat16)
         step = torch.where(largest == 0, 1, scale.float() / largest)  # about -1 / reach
         found = torch.round(shares / step).clamp_(-8, 7)
-        error = (found * step - shares).square_().sum(dim=2, keepdim=True)
+        squares = (found * step - shares).square_()
+        error = (squares if importance is None else squares * importance).sum(dim=2, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
         numbers, scales = torch.where(better, found, numbers), torch.where(better, scale, scales)
     return numbers, scales[:, :, 0]
+
+
+def _factor(moments: Tensor) -> Tensor:
+    """U (in, in), upper triangular: U^T U is the inverse of the moments, float32.
+
+    A tenth of their mean is added to the diagonal: the text is a sample, and an input that is zero all over
+    it would have no inverse.
+    """
+    damped = moments.double()
+    damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp_min(1e-30))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _compensated(weight: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+    """Round W [out, in] one input after the other; the inputs to come make good what each loses.
+
+    With H = X^T X and U^T U = H^-1, what input i loses, e = (W_i - stored_i) / U_ii, costs least of
+    |X (W - stored)|^2 when W_j -= e U_ij for all j > i. Source: Frantar et al. 2022, "GPTQ".
+    """
+    n_out, n_in = weight.shape
+    left = weight.mT.clone()  # by input: what is worked on lies together
+    numbers = torch.empty(n_in, n_out, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(n_out, _groups(n_in), dtype=torch.bfloat16, device=weight.device)
+    for g, start in enumerate(range(0, n_in, GROUP)):
+        stop = min(start + GROUP, n_in)
+        missing = (0, GROUP - (stop - start))
+        importance = F.pad(U.diagonal()[start:stop] ** -2, missing)
+        scale = _in_4_bits(F.pad(left[start:stop].mT, missing)[:, None], importance)[1][:, 0]
+        scales[:, g] = scale
+        step = scale.float()
+        lost = torch.empty(stop - start, n_out, device=weight.device)
+        for i in range(start, stop):
+            found = torch.where(step == 0, 0, torch.round(left[i] / step)).clamp_(-8, 7)
+            numbers[i] = found.to(torch.int8)
+            lost[i - start] = (left[i] - found * step) / U[i, i]
+            left[i + 1 : stop] -= U[i, i + 1 : stop, None] * lost[i - start]
+        left[stop:] -= U[start:stop, stop:].mT @ lost
+    return numbers.mT, scales
 
 
 def _packed(numbers: Tensor, bits: int) -> Tensor:
