@@ -46,8 +46,8 @@ def test_the_commands_of_the_readme_run_one_after_another(
     monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))  # for chat
     for command in commands(block):
         arguments = shlex.split(command)[1:]
-        if arguments[0] == "bench":
-            continue  # takes minutes by design; tests/test_cli.py runs it on a small scale
+        if arguments[0] in ("bench", "quantize-report"):
+            continue  # takes minutes by design; its own tests run it on a small scale
         assert main(arguments) == 0, command
         assert arguments[0] in ("convert", "chat") or capsys.readouterr().out
 
