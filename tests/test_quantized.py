@@ -87,6 +87,17 @@ def test_zeros_and_a_single_outlier_survive(outlier: float, bits: int) -> None:
     assert float(made.dequantized()[1, 5]) == pytest.approx(outlier, rel=0.01, abs=1e-36)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_stays_so(bad: float, bits: int) -> None:
+    made = QuantizedLinear(128, 2, bits, by_input=False)
+    weight = torch.ones(2, 128)
+    weight[1, 70] = bad
+    made.store(weight)
+    lost = ~made.dequantized().isfinite()
+    assert lost[1, 64:].any() and not lost[0].any() and not lost[1, :64].any()
+
+
 @pytest.mark.parametrize("by_input", [False, True])
 def test_on_correlated_inputs_compensated_rounding_loses_less(by_input: bool) -> None:
     generator = torch.Generator().manual_seed(0)

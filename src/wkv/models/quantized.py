@@ -242,7 +242,7 @@ def _in_4_bits(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor
         found = torch.round(shares / step).clamp_(-8, 7)
         squares = (found * step - shares).square_()
         error = (squares if importance is None else squares * importance).sum(dim=2, keepdim=True)
-        better = error < least
+        better = ~(error >= least)  # what is not finite is taken too, and stays so
         least = torch.where(better, error, least)
         numbers, scales = torch.where(better, found, numbers), torch.where(better, scale, scales)
     return numbers, scales[:, :, 0]
