@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..models import RWKV
+    from ..state import State
 
 PROMPT_TOKENS = 512
 LARGEST_BUFFER = 2**30  # bytes: far beyond any cache
@@ -125,12 +126,8 @@ def measure(model: RWKV) -> dict[str, Any]:
         _, state = model(tokens, output="last")
         prefill = _median_seconds(lambda: model(tokens, output="last"), model.device)
     decode = decode_seconds(model)
-    weights = sum(weight.nbytes for name, weight in model.state_dict().items() if name != "emb.weight")
-    unskipped = weights + 2 * state.nbytes
     zeros = share_of_zeros(model, tokens)
-    moved = unskipped
-    if _skips(model):
-        moved -= int(zeros * sum(_bytes(matrix) for matrix in _sparse_matrices(model)))
+    moved = bytes_per_token(model, state, zeros)
     bandwidth = read_bandwidth(model.device)
     return {
         "parameters": sum(weight.numel() for weight in build(model.config, device="meta").parameters()),
@@ -144,10 +141,17 @@ def measure(model: RWKV) -> dict[str, Any]:
         "quantization": model.quantization,
         "zeros": zeros,
         "bytes_per_token": moved,
-        "bytes_per_token_unskipped": unskipped,
+        "bytes_per_token_unskipped": bytes_per_token(model, state, zeros=0.0),
         "bandwidth_bytes_per_second": bandwidth,
         "efficiency": moved / bandwidth / decode,
     }
+
+
+def bytes_per_token(model: RWKV, state: State, zeros: float) -> int:
+    """What writing one token reads and writes, where this share of the hidden units is zero: see above."""
+    weights = sum(weight.nbytes for name, weight in model.state_dict().items() if name != "emb.weight")
+    sparse = sum(_bytes(matrix) for matrix in _sparse_matrices(model))
+    return weights + 2 * state.nbytes - int(zeros * sparse if _skips(model) else 0)
 
 
 def decode_seconds(model: RWKV) -> float:
