@@ -4,8 +4,9 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 ARCH   ?= rwkv7
 READY  := $(VENV)/.ready
+PEERS  := .venv-peers
 
-.PHONY: demo test test-slow sanitize scorecard check bench pretrained clean
+.PHONY: demo test test-slow sanitize scorecard check bench bench-peers pretrained clean
 
 demo: $(READY)            ## train a small RWKV on the source code of this Python, then let it write
 	$(VENV)/bin/wkv demo --arch $(ARCH)
@@ -31,6 +32,16 @@ bench: $(READY)           ## side by side with the official package; wants an id
 	$(RUN) benchmarks/against_rwkv.py
 	$(RUN) benchmarks/scaling.py
 
+# llama.cpp is compiled for this processor, which takes half an hour on two cores, and stays out of $(VENV).
+bench-peers: $(READY) $(PEERS)/.ready ## CPU speed in every format, beside rwkv and llama.cpp; wants an idle machine
+	$(RUN) benchmarks/cpu.py
+
+$(PEERS)/.ready: benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-binary llama-cpp-python -r $<
+	@touch $@
+
 # Interrupted anywhere, the same command goes on.
 WORK := runs/python
 pretrained: $(WORK)/run/model.safetensors $(WORK)/transformer.safetensors ## the model that comes with wkv, again from its seed: three hours of two cores
@@ -50,7 +61,7 @@ $(WORK)/transformer.safetensors: $(WORK)/data/data.json
 	$(RUN) benchmarks/transformer.py $(WORK)
 
 clean:
-	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(READY): requirements-dev.txt pyproject.toml $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
