@@ -32,13 +32,13 @@ bench: $(READY)           ## side by side with the official package; wants an id
 	$(RUN) benchmarks/against_rwkv.py
 	$(RUN) benchmarks/scaling.py
 
-# llama.cpp is compiled for this processor, which takes half an hour on two cores, and stays out of $(VENV).
+# llama.cpp is compiled for this processor, which takes many minutes, and stays out of $(VENV).
 bench-peers: $(READY) $(PEERS)/.ready ## CPU speed in every format, beside rwkv and llama.cpp; wants an idle machine
 	$(RUN) benchmarks/cpu.py
 
 $(PEERS)/.ready: benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv $(PEERS)
-	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --no-binary llama-cpp-python -r $<
 	@touch $@
 

@@ -82,15 +82,18 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios_at_the_same_bits(cpu: Module
     ours = records(cpu, ("wkv", "int4"), [30.0, 90.0, 50.0])
     theirs = records(cpu, ("llama.cpp", "Q4_0"), [10.0, 20.0, 50.0], prefill=100.0)  # ratios 3, 4.5, 1
     others = records(cpu, ("llama.cpp", "Q8_0"), [1.0, 1.0, 1.0])
-    agree = {("v7-191M", cpu.Engine(*e)): 0.99 for e in (("wkv", "int4"), ("llama.cpp", "Q4_0"))}
+    engines = ("wkv", "int4"), ("llama.cpp", "Q4_0"), ("llama.cpp", "f16")
+    agree = {("v7-191M", cpu.Engine(*engine)): 0.99999 for engine in engines}
     assert cells(cpu.ratios([*ours, *theirs, *others], agree)) == [
-        ["v7-191M", "wkv int4", "llama.cpp Q4_0", "2", "3.00", "2.00", "0.9900 / 0.9900"]
+        ["v7-191M", "wkv int4", "llama.cpp Q4_0", "2", "3.00", "2.00", "0.99999 / 0.99999"]
     ]
 
 
-def test_no_ratio_where_the_logits_disagree(cpu: ModuleType) -> None:
-    found = records(cpu, ("wkv", "bf16"), [30.0]) + records(cpu, ("llama.cpp", "f16"), [10.0])
-    cosines = {("v7-191M", cpu.Engine("wkv", "bf16")): 1.0, ("v7-191M", cpu.Engine("llama.cpp", "f16")): 0.9}
+@pytest.mark.parametrize("wrong", [("wkv", "int8"), ("llama.cpp", "Q8_0"), ("llama.cpp", "f16")])
+def test_no_ratio_where_the_logits_disagree(cpu: ModuleType, wrong: tuple[str, str]) -> None:
+    found = records(cpu, ("wkv", "int8"), [30.0]) + records(cpu, ("llama.cpp", "Q8_0"), [10.0])
+    engines = ("wkv", "int8"), ("llama.cpp", "Q8_0"), ("llama.cpp", "f16")
+    cosines = {("v7-191M", cpu.Engine(*e)): 0.9 if e == wrong else 1.0 for e in engines}
     (row,) = cells(cpu.ratios(found, cosines))
     assert row[4] == row[5] == "not the same function"
 
