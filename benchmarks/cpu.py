@@ -62,7 +62,7 @@ LEAST_COSINE = {"float32": 0.9999, "f16": 0.9999, "bf16": 0.998}
 LEAST_COSINE |= {"int8": 0.98, "Q8_0": 0.98, "int4": 0.7, "Q4_0": 0.7}
 LLAMA_WHOLE = "llama.cpp", "f16"
 # Bytes per parameter at most, while loading (the official package transposes).
-FOOTPRINT = {"float32": 4, "bf16": 2, "f16": 2, "int8": 2, "Q8_0": 1.2, "int4": 1.5, "Q4_0": 0.7, "rwkv": 8}
+FOOTPRINT = {"float32": 4, "bf16": 2, "f16": 2, "int8": 2, "Q8_0": 1.2, "int4": 1.5, "Q4_0": 0.7, "rwkv": 10}
 OF_A_PROCESS = 3e8
 
 
