@@ -106,7 +106,7 @@ def test_ctrl_c_ends_a_long_prompt_within_a_second_and_leaves_the_state_as_it_wa
 @on_unix
 def test_a_handler_may_read_tokens_itself_and_wait_for_another_thread_that_does() -> None:
     model, other = small_model("7", dtype=torch.float32), small_model("4", dtype=torch.float32)
-    tokens, more = random_tokens(model, 1, 30_000), random_tokens(other, 2, 700)
+    tokens, more = random_tokens(model, 1, 120_000), random_tokens(other, 2, 700)
     logits, state = read_in_pieces(model, tokens, "last")
     expected, _ = read(other, more)
     found: list[Tensor] = []
@@ -117,7 +117,7 @@ def test_a_handler_may_read_tokens_itself_and_wait_for_another_thread_that_does(
         found.append(read(other, more)[0])
         thread.join()
 
-    with signal_after(0.3, handler):
+    with signal_after(0.2, handler):
         ours, own = read(model, tokens)
         assert len(found) == 2  # in the middle of the call
     assert torch.equal(ours, logits) and equal(own, state)

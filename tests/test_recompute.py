@@ -10,8 +10,8 @@ import torch
 from small_models import CONFIGS, random_tokens, small_model
 from torch import Tensor
 
+from wkv.config import Recompute
 from wkv.models import RWKV
-from wkv.models.base import Recompute
 from wkv.training.loss import linear_cross_entropy
 
 

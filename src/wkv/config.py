@@ -20,6 +20,8 @@ from .errors import ConfigError
 PILE_VOCABULARY = 50277  # the 20B tokenizer of the Pile models
 WORLD_VOCABULARY = 65536  # 65529 World tokens, id 0, and padding
 
+Recompute = Literal["nothing", "cheap", "blocks"]  # for the gradients: see RWKV.run_block
+
 _LARGEST = 2**31 - 1  # no published size comes near; keeps products of two sizes inside 64 bits
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ..config import Config
+from ..config import Config, Recompute
 from ..errors import BackendError, InputError, StateError
 from ..ops import Segments
 from ..ops.common import sum_dtype
@@ -102,8 +102,6 @@ class Block(nn.Module):
         out, last, memory = self.att(x, state.att_shift, state.memory, segments)
         return out, None, last, memory
 
-
-Recompute = Literal["nothing", "cheap", "blocks"]
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 

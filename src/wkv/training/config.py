@@ -18,9 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from ..config import Config, RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
+from ..config import Config, Recompute, RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
 from ..errors import ConfigError
-from ..models.base import Recompute
 
 Order = Literal["magic", "shuffled", "documents", "streams"]
 Schedule = Literal["cosine", "linear", "exponential", "wsd", "constant"]
