@@ -326,20 +326,21 @@ using Sizes = std::tuple<int, int, int, int, int>;  // B, T, H, K, V
 // Runs use(operators, tokens, in, out, scratch), where in(i) and out(i) are the arrays at these addresses.
 template <class Use>
 void operate(const std::string& name, const Sizes& sizes, Address lengths, const std::vector<Address>& inputs,
-             const std::vector<Address>& outputs, int threads, Use&& use) {
+             const std::vector<Address>& outputs, int threads, size_t (*Operators::*floats)(const Tokens&, int), Use&& use) {
   const Operators& chosen = operators(name);
   nb::gil_scoped_release release;
   const auto [B, T, H, K, V] = sizes;
   const Tokens tokens{B, T, H, K, V, reinterpret_cast<const int64_t*>(lengths)};
   const auto in = [&](size_t i) { return reinterpret_cast<const float*>(inputs.at(i)); };
   const auto out = [&](size_t i) { return reinterpret_cast<float*>(outputs.at(i)); };
-  const Scratch scratch(chosen.scratch_floats(tokens, checked(threads)));
+  const Scratch scratch((chosen.*floats)(tokens, checked(threads)));
   use(chosen, tokens, in, out, scratch.floats());
 }
 
 void wkv4(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
           const std::vector<Address>& outputs, bool backward, int threads) {
-  operate(name, sizes, lengths, inputs, outputs, threads, [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
+  operate(name, sizes, lengths, inputs, outputs, threads, &Operators::wkv4_scratch,
+          [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
     const Wkv4 arrays{in(0), in(1), in(2), in(3), in(4)};
     if (!backward) return chosen.wkv4(tokens, arrays, out(0), out(1), free, threads);
     chosen.wkv4_backward(tokens, arrays, in(5), in(6), {out(0), out(1), out(2), out(3), out(4)}, free, threads);
@@ -348,7 +349,8 @@ void wkv4(const std::string& name, Sizes sizes, Address lengths, const std::vect
 
 void wkv6(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
           const std::vector<Address>& outputs, bool backward, bool constant_decay, int threads) {
-  operate(name, sizes, lengths, inputs, outputs, threads, [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
+  operate(name, sizes, lengths, inputs, outputs, threads, &Operators::heads_scratch,
+          [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
     const Wkv6 arrays{in(0), in(1), in(2), in(3), in(4), in(5), constant_decay};
     if (!backward) return chosen.wkv6(tokens, arrays, out(0), out(1), free, threads);
     chosen.wkv6_backward(tokens, arrays, in(6), in(7), {out(0), out(1), out(2), out(3), out(4), out(5)}, free, threads);
@@ -357,7 +359,8 @@ void wkv6(const std::string& name, Sizes sizes, Address lengths, const std::vect
 
 void wkv7(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
           const std::vector<Address>& outputs, bool backward, int threads) {
-  operate(name, sizes, lengths, inputs, outputs, threads, [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
+  operate(name, sizes, lengths, inputs, outputs, threads, &Operators::heads_scratch,
+          [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
     const Wkv7 arrays{in(0), in(1), in(2), in(3), in(4), in(5), in(6)};
     if (!backward) return chosen.wkv7(tokens, arrays, out(0), out(1), free, threads);
     const Wkv7Gradients gradients{out(0), out(1), out(2), out(3), out(4), out(5), out(6)};

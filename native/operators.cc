@@ -44,14 +44,13 @@ class Tasks {
 #include "wkv4.h"
 #include "wkv67.h"
 
-size_t scratch_floats(const Tokens& tokens, int threads) {
-  const size_t largest = std::max(wkv4_floats(tokens), heads_floats(tokens));
-  return threads * (largest + 16);
-}
+size_t wkv4_scratch(const Tokens& tokens, int threads) { return threads * (wkv4_floats(tokens) + 16); }
+size_t heads_scratch(const Tokens& tokens, int threads) { return threads * (heads_floats(tokens) + 16); }
 
 }  // namespace
 
 extern const Operators operators;
-const Operators operators = {scratch_floats, wkv4, wkv4_backward, wkv6, wkv6_backward, wkv7, wkv7_backward};
+const Operators operators = {wkv4_scratch, heads_scratch, wkv4,          wkv4_backward,
+                             wkv6,         wkv6_backward, wkv7,          wkv7_backward};
 
 }  // namespace wkv::WKV_ISA

@@ -41,7 +41,8 @@ struct Wkv7Gradients {
 };
 
 struct Operators {
-  size_t (*scratch_floats)(const Tokens&, int threads);  // that any of the others may use
+  size_t (*wkv4_scratch)(const Tokens&, int threads);   // in floats
+  size_t (*heads_scratch)(const Tokens&, int threads);  // of wkv6 and wkv7
   void (*wkv4)(const Tokens&, const Wkv4&, float* y, float* state, float* scratch, int threads);
   void (*wkv4_backward)(const Tokens&, const Wkv4&, const float* dy, const float* dstate, const Wkv4Gradients&,
                         float* scratch, int threads);

@@ -48,12 +48,12 @@ done
 echo "bounds, lifetimes and undefined behaviour"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 run_tests "$folder/address,undefined" "$(library libasan.so) $(library libstdc++.so)" \
-  tests/test_compiled.py tests/test_quantized.py -k "not bits_depend"
+  tests/test_compiled.py tests/test_quantized.py tests/test_ops.py -k "compiled_form or not (bits_depend or test_ops)"
 
 # What torch's own threads do is none of our business, and their locks cannot be seen. Without the tests that
 # fork: this sanitizer knows no threads in a child.
 echo "races"
 export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1"
-run_tests "$folder/thread" "$(library libtsan.so)" tests/test_compiled.py tests/test_quantized.py \
-  tests/test_engine_faults.py -k "longer_than or meets_a_zero or slot or every_output or more_sequences or products_of \
+run_tests "$folder/thread" "$(library libtsan.so)" tests/test_compiled.py tests/test_quantized.py tests/test_ops.py \
+  tests/test_engine_faults.py -k "any_number_of_threads or longer_than or meets_a_zero or slot or every_output or more_sequences or products_of \
     or take_turns or those_of_the_stored or ctrl_c or looks_for_signals"

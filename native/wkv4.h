@@ -82,8 +82,7 @@ void wkv4(const Tokens& tokens, const Wkv4& in, float* y, float* state, float*, 
   });
 }
 
-size_t wkv4_floats(const Tokens& tokens) {
-  if (tokens.V != 1) return 0;
+size_t wkv4_floats(const Tokens& tokens) {  // that a thread needs
   const int chunk = chunk_of(tokens.T), chunks = (tokens.T + chunk - 1) / chunk;
   return size_t{3} * kChannels * (chunks + chunk + 2) + 2 * kChannels;
 }

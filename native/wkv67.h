@@ -34,8 +34,7 @@ int64_t chunk_floats(const Tokens& tokens, int chunk) {
   return int64_t{chunk} * (10 * eights(tokens.K) + 3 * eights(tokens.V) + kTileWidth);
 }
 
-size_t heads_floats(const Tokens& tokens) {
-  if (tokens.V == 1) return 0;
+size_t heads_floats(const Tokens& tokens) {  // that a thread needs
   const int chunk = chunk_of(tokens.T), chunks = (tokens.T + chunk - 1) / chunk;
   const size_t K = eights(tokens.K), memory = K * eights(tokens.V);
   return chunk_floats(tokens, chunk) + memory * (chunks + 2) + K * (kTileWidth * (chunk + 1) + 2);
