@@ -215,8 +215,8 @@ class RWKV(nn.Module):
         """`block` on its inputs. For the gradients it keeps what `recompute` does not say is computed again:
 
         "nothing"  all that the gradients need
-        "cheap"    the results of matrix products: the rest takes a few percent of a step to compute again
-        "blocks"   the block's inputs: a step takes about a third longer
+        "cheap"    the results of matrix products, which are what takes long to compute
+        "blocks"   the block's inputs
 
         The gradients are the same bits.
         """
