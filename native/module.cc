@@ -381,6 +381,7 @@ NB_MODULE(_native, m) {
   m.def("wkv6", &wkv6);
   m.def("wkv7", &wkv7);
   m.def("handover", &handover);
+  m.def("borrows", &Pool::borrows);
   nb::class_<CompiledModel>(m, "Model")
       .def(nb::init<nb::list, nb::dict, float, float, const std::string&>())
       .def("run", &CompiledModel::run);

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <system_error>
@@ -24,7 +25,39 @@ void pause() {
 
 std::atomic<Pool*> pool{nullptr};
 
+// What a compiler makes of `#pragma omp parallel`, as far as it is needed here; found when the program runs, so that
+// there is one OpenMP in the process, torch's. Null members where there is none.
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned count, unsigned flags);
+  int (*index)();
+  int (*count)();
+
+  static OpenMP find() {
+#if defined(WKV_OWN_THREADS)  // whose locks a sanitizer sees
+    return {};
+#else
+    OpenMP found{};
+    found.parallel = reinterpret_cast<decltype(parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    found.index = reinterpret_cast<decltype(index)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    found.count = reinterpret_cast<decltype(count)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+    return found.parallel && found.index && found.count ? found : OpenMP{};
+#endif
+  }
+};
+
+const OpenMP openmp = OpenMP::find();
+bool is_child = false;
+
+// A child has none of the threads that its parent had: what is left of their pool is left alone, and OpenMP, which does
+// not know, too.
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+  pool.store(nullptr);
+  is_child = true;
+});
+
 }  // namespace
+
+bool Pool::borrows() { return openmp.parallel != nullptr && !is_child; }
 
 void Patience::wait() {
   if (++spins_ < kHot) {
@@ -37,9 +70,6 @@ void Patience::wait() {
 Pool& Pool::shared() {
   Pool* current = pool.load(std::memory_order_acquire);
   if (current == nullptr) {
-    static std::once_flag once;
-    // The parent's threads do not exist in a child: what is left of their pool is left alone.
-    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); }); });
     auto* fresh = new Pool;  // never destroyed: its threads may outlive the statics
     if (pool.compare_exchange_strong(current, fresh, std::memory_order_acq_rel)) return *fresh;
     delete fresh;  // another thread was faster; this one has started nothing
@@ -49,6 +79,17 @@ Pool& Pool::shared() {
 
 void Pool::run_erased(int count, Call call, void* self) {
   std::lock_guard lock(busy_);
+  if (count == 1 || !borrows()) return run_on_own(count, call, self);
+  call_ = call, self_ = self;
+  const auto member = [](void* pool) {
+    auto* const me = static_cast<Pool*>(pool);
+    Team team(openmp.index(), openmp.count(), me->barrier_);  // as many as it gives, which may be fewer
+    me->call_(me->self_, team);
+  };
+  openmp.parallel(member, this, static_cast<unsigned>(count), 0);
+}
+
+void Pool::run_on_own(int count, Call call, void* self) {
   while (static_cast<int>(workers_.size()) < count - 1) {
     Worker& worker = workers_.emplace_back();
     const int index = static_cast<int>(workers_.size());

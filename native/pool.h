@@ -6,8 +6,10 @@
 //       team.sync();                              // nobody goes on before all are here
 //     });
 //
-// The caller is one of the team. Between jobs the others spin for a moment, because a token's layers follow
-// each other within microseconds, and then sleep. A process that forks gets a new pool in the child.
+// The caller is one of the team. The others are the threads of the OpenMP that torch has loaded, where it is GNU's or
+// speaks its language: they spin for a moment after each job, and two teams that spin would take each other's cores.
+// Elsewhere, and in the child of a fork, the pool has threads of its own, which spin for a moment too, because a token's
+// layers follow each other within microseconds, and then sleep.
 #pragma once
 
 #include <atomic>
@@ -83,6 +85,9 @@ class Pool {
 
   static Pool& shared();
 
+  // Whether the team is OpenMP's.
+  static bool borrows();
+
   // Runs job(team) on `count` threads (1 .. kMostThreads), or on those that the system gives, and returns when all
   // are through. Jobs of several callers run one after the other. The job must not throw, nor call `run`.
   template <class Job>
@@ -100,6 +105,7 @@ class Pool {
   };
 
   void run_erased(int count, Call call, void* self);
+  void run_on_own(int count, Call call, void* self);
   void work(Worker& worker, int index);
 
   std::mutex busy_;

@@ -375,7 +375,7 @@ template <bool kDelta, class Do>
 void for_heads(const Tokens& tokens, const Heads& in, float* scratch, int threads, Do&& each) {
   const size_t floats = heads_floats(tokens);
   Tasks tasks(tokens.B * tokens.H);
-  Pool::shared().run(std::min(threads, tokens.B * tokens.H), [&](Team& team) {
+  Pool::shared().run(threads, [&](Team& team) {
     float* mine = scratch + team.index() * (floats + 16);
     tasks.work([&](int i) { each(HeadTask<kDelta>(tokens, in, i, mine)); });
   });

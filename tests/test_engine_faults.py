@@ -162,9 +162,13 @@ def test_a_huge_number_of_threads_is_bounded_and_changes_no_bit(
 
 
 WITHOUT_THREADS = """
-import resource, torch
+import os, resource, sys, torch
 from wkv.ops import native
 torch.set_num_threads(1)
+native.borrows()
+if child := os.fork():  # in the child the engine has threads of its own
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+assert not native.borrows()
 weight, x = torch.randn(640, 64), torch.randn(3, 64)
 expected = native.product(x, weight)
 native.threads = lambda: 8
@@ -248,3 +252,16 @@ def test_a_processor_without_avx2_runs_the_portable_engine(
 
 def test_a_handover_takes_some_time_and_not_much() -> None:
     assert 0 < native.handover() < 0.1
+
+
+@pytest.mark.skipif(
+    not (native.why_not() is None and native.borrows()), reason="torch's OpenMP is of another kind"
+)
+def test_the_engine_starts_no_threads_beside_those_of_torch() -> None:
+    torch.set_num_threads(3)
+    torch.ones(1_000_000).add_(1)
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(3):
+        native.product(torch.ones(5, 640), torch.ones(640, 640))
+        torch.ones(1_000_000).add_(1)
+    assert native.threads() == 3 and len(os.listdir("/proc/self/task")) == before

@@ -134,6 +134,7 @@ def backend_facts() -> dict[str, Any]:
             "instruction_sets": native.instruction_sets(),
             "runs": None if reason else native.engines()[0],
             "threads": None if reason else native.threads(),
+            "shares_torch_threads": None if reason else native.borrows(),
             "handover_seconds": None if reason else native.handover(),
         },
         "torch_threads": torch.get_num_threads(),
@@ -149,9 +150,12 @@ def _print_backends(facts: dict[str, Any]) -> None:
     if engine["refuses"]:
         print_line(f"the compiled engine does not run: {engine['refuses']}")
     else:
-        micros = engine["handover_seconds"] * 1e6
+        micros, whose = (
+            engine["handover_seconds"] * 1e6,
+            "torch's" if engine["shares_torch_threads"] else "own",
+        )
         print_line(
-            f"the compiled engine: {engine['runs']}, {engine['threads']} threads, "
+            f"the compiled engine: {engine['runs']}, {engine['threads']} threads ({whose}), "
             f"{micros:.1f} us to hand them a job"
         )
     for name, reason in engine["instruction_sets"].items():

@@ -175,6 +175,11 @@ def total(x: Tensor) -> float:
     return _engine().read(engines()[0], x.data_ptr(), x.numel(), threads())
 
 
+def borrows() -> bool:
+    """Whether it works on the threads of torch's OpenMP, which then do not wait beside its own."""
+    return _engine().borrows()
+
+
 def handover() -> float:
     """Seconds from giving all threads a job that does nothing until all are through with it."""
     return min(_engine().handover(100, threads()) for _ in range(10))  # the first wakes them up
