@@ -187,7 +187,7 @@ inline int64_t bits_of_output(const Matrix& W) {
 // Products that do not wait for each other, as one row of work in which everybody takes an equal share: whole
 // matrices where it can be, since memory is read fastest in one piece. done(i, outputs): these are computed.
 template <size_t n, class Done>
-inline void multiply_all(const Team& team, const Product (&products)[n], int rows, float* packed, Done&& done) {
+inline void multiply_together(const Team& team, const Product (&products)[n], int rows, float* packed, Done&& done) {
   int64_t all = 0, before = 0;
   for (const Product& product : products) all += bits_of_output(product.W) * product.W.outputs;
   for (size_t i = 0; i < n; ++i) {
@@ -385,7 +385,7 @@ inline void time_mix6(Team& team, const Block& block, const BlockIO& io, Scratch
   const float *xw = mixed, *xk = by_data ? mixed + size : mixed, *xv = xk + size, *xr = xv + size, *xg = xr + size;
   const Product products[] = {
       {att.decay_down, xw, w_low}, {att.receptance, xr, r}, {att.key, xk, k}, {att.value, xv, v}, {att.gate, xg, g}};
-  multiply_all(team, products, rows, packed, [&](size_t i, Range mine) {
+  multiply_together(team, products, rows, packed, [&](size_t i, Range mine) {
     if (i == 0) for_each(w_low, rows, att.decay_down.outputs, mine, [](f8 x) { return tanh(x); });
   });
   team.sync();
@@ -450,7 +450,7 @@ inline void time_mix7(Team& team, const Block& block, const BlockIO& io, Scratch
   if (is_first) v = io.v_first;
   const Product products[] = {{att.w1, xw, w_low},      {att.g1, xg, g_low}, {att.a1, xa, a_low},  {att.v1, xv, v_low},
                               {att.receptance, xr, r}, {att.key, xk, k},    {att.value, xv, v}};
-  multiply_all(team, products, rows, packed, [&](size_t i, Range mine) {
+  multiply_together(team, products, rows, packed, [&](size_t i, Range mine) {
     if (i == 0) for_each(w_low, rows, att.w1.outputs, mine, [](f8 x) { return tanh(x); });
     if (i == 1) for_each(g_low, rows, att.g1.outputs, mine, [](f8 x) { return sigmoid(x); });
   });
@@ -525,6 +525,7 @@ inline void channel_mix(Team& team, const Block& block, const BlockIO& io, Scrat
   float* hidden = scratch.take(int64_t{rows} * F);
   float* gate = scratch.take(has_gate * size);
   float* out = scratch.take(size);
+  float* totals = scratch.take(totals_floats(D));
   int* active = reinterpret_cast<int*>(scratch.take(int64_t{F} * team.count())) + int64_t{F} * team.index();
   const Array weights[] = {ffn.mix_k, ffn.mix_r};
   const Shift shift{io.ffn_shift_in, io.ffn_shift_out};
@@ -532,7 +533,7 @@ inline void channel_mix(Team& team, const Block& block, const BlockIO& io, Scrat
 
   keep_last(team, io, D, normed, shift);
   const Product products[] = {{ffn.key, mixed, hidden}, {ffn.receptance, mixed + size, gate}};
-  multiply_all(team, products, rows, packed, [&](size_t i, Range mine) {
+  multiply_together(team, products, rows, packed, [&](size_t i, Range mine) {
     if (i == 1) return for_each(gate, rows, D, mine, [](f8 x) { return sigmoid(x); });
     for_each(hidden, rows, F, mine, [&](f8 x) {
       const f8 positive = max(f8{}, x);  // in this order, a NaN stays one
@@ -541,14 +542,19 @@ inline void channel_mix(Team& team, const Block& block, const BlockIO& io, Scrat
   });
   team.sync();
 
-  const Range columns = team.share(D, grain(ffn.value));
-  const bool skips = io.skips && rows == 1 && ffn.value.by_input && !ffn.value.scales;
-  int n_active = 0;
-  for (int k = 0; skips && k < F; ++k) {
-    active[n_active] = k;
-    n_active += hidden[k] != 0;
+  Range columns;
+  if (rows == 1 && ffn.value.by_input && ffn.value.scales) {
+    columns = multiply_one_row(team, ffn.value, hidden, out, totals, packed, io.skips);
+  } else {
+    columns = team.share(D, grain(ffn.value));
+    const bool skips = io.skips && rows == 1 && ffn.value.by_input;
+    int n_active = 0;
+    for (int k = 0; skips && k < F; ++k) {
+      active[n_active] = k;
+      n_active += hidden[k] != 0;
+    }
+    multiply(ffn.value, hidden, rows, out, columns, packed, skips ? active : nullptr, n_active);
   }
-  multiply(ffn.value, hidden, rows, out, columns, packed, skips ? active : nullptr, n_active);
   for (int row = 0; row < rows && has_gate; ++row) {
     for_eights(columns.begin, columns.end, [&](int i, auto count) {
       const int64_t at = int64_t{row} * D + i;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #if defined(__AVX2__)
@@ -36,7 +37,7 @@ int64_t block_floats(const Block& block, int rows, int threads) {
   const int64_t low7 = seven.w1.outputs + seven.a1.outputs + seven.v1.outputs + seven.g1.outputs;
   const int64_t time = 9 * D + 8 * A + low6 + low7, channel = 5 * D + F;
   const int64_t rounding = 32 * 16;  // every piece begins on a cache line
-  return rows * std::max(time, channel) + F * threads + rounding;
+  return rows * std::max(time, channel) + totals_floats(block.width) + F * threads + rounding;
 }
 
 size_t model_floats(const Model& model, int rows, int threads) {

@@ -27,3 +27,24 @@ inline void multiply(const Matrix& W, const float* x, int rows, float* y, Range 
     }
   });
 }
+
+// The same for one row and a quantised matrix by input, by the whole team, which shares the inputs: each reads whole rows,
+// for of half a row each the processor would fetch the other half too. `totals` holds totals_floats for all. Returns the
+// outputs that are this thread's, and in place.
+inline int64_t totals_floats(int outputs) { return int64_t{kSums} * kGroup * groups(outputs); }
+
+inline Range multiply_one_row(Team& team, const Matrix& W, const float* x, float* y, float* totals, float* scratch,
+                              bool skips) {
+  const auto add = [&](auto bits) {
+    using Bits = decltype(bits);
+    const Rounded rounded = take_rounded(W.inputs, 1, scratch);
+    round_row(x, W.inputs, Bits::kOffset, rounded);
+    quantized_strips<Bits>(W, rounded, team.share(kSums, 1), {0, groups(W.outputs)}, totals,
+                           reinterpret_cast<int32_t*>(scratch), skips);
+  };
+  W.weights.format == Format::kInt8 ? add(Bits8{}) : add(Bits4{});
+  team.sync();
+  const Range mine = team.share(W.outputs, kGrain);
+  add_sums(totals, int64_t{kGroup} * groups(W.outputs), 0, mine, y);
+  return mine;
+}

@@ -1,8 +1,7 @@
-// Products with weights of 8 or 4 bits. A group of 64 inputs shares a scale (bfloat16) for each output; x is rounded
-// to 16-bit integers, 65 535 steps over its range, so that all that is lost is in the weights. Only with 4 bits by
-// output x is rounded to 8 bits, each group with a scale of its own, or arithmetic would take longer than memory.
-// Sums within a group are integers, hence exact in any order; groups follow each other in order. Included once per
-// instruction set.
+// Products with weights of 8 or 4 bits. A group of 64 inputs shares a scale (bfloat16) for each output, and x is rounded
+// to 8 bits, each group with a scale of its own. So the sum of a group is an integer, the same in any order. The groups
+// g, g + 8, g + 16, ... of an output are one sum of float32, and the eight sums are added at the end: bits depend neither
+// on the layout nor on how many rows share the call. Included once per instruction set.
 //
 //     by output   (outputs, groups, 64): 64 bytes, or 32 whose low halves are the first 32 inputs of the group
 //     by input    (inputs, outputs rounded up to 64): 64 bytes, or 32 whose low halves are the first 32 outputs
@@ -11,22 +10,25 @@
 
 typedef int16_t s16 __attribute__((vector_size(32)));  // sixteen of them
 typedef int16_t s16_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t s8 __attribute__((vector_size(32)));
+typedef uint8_t u8_bytes __attribute__((vector_size(32)));
+typedef u8_bytes u8_bytes_unaligned __attribute__((aligned(1), may_alias));
 typedef int8_t s8_half __attribute__((vector_size(16)));
 typedef int8_t s8_half_unaligned __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint8_t u8_half __attribute__((vector_size(16)));
-typedef uint8_t u8_half_unaligned __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int32_t i8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 
 constexpr int kGroup = 64;
-constexpr int kQuarter = 16;         // a group is four vectors
-constexpr int kQuantizedRows = 32;   // rows of x that are rounded at a time
-constexpr float kLargest = 32767.0f;
+constexpr int kHalf = kGroup / 2;    // a group is two vectors of bytes
+constexpr int kSums = 8;             // of float32 for each output
+constexpr int kQuantizedRows = 96;   // rows of x that are rounded at a time
+constexpr int kMaxRowsOfDots = 11;   // so many rows are multiplied without packing the weights
+constexpr int kMaxRowsOfStrips = 15; // the same by input, where zeros are skipped
+constexpr float kSteps = 127;
 
-inline s16 load(const int16_t* p) { return *reinterpret_cast<const s16_unaligned*>(p); }
-inline void store(int16_t* p, s16 x) { *reinterpret_cast<s16_unaligned*>(p) = x; }
-
-typedef int32_t i8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 inline i8 load(const int32_t* p) { return *reinterpret_cast<const i8_unaligned*>(p); }
 inline void store(int32_t* p, i8 x) { *reinterpret_cast<i8_unaligned*>(p) = x; }
+inline s8 load(const int8_t* p) { return reinterpret_cast<s8>(*reinterpret_cast<const u8_bytes_unaligned*>(p)); }
+inline u8_bytes load(const uint8_t* p) { return *reinterpret_cast<const u8_bytes_unaligned*>(p); }
 
 inline s16 widen(s8_half x) {
 #if defined(__AVX2__)
@@ -47,332 +49,482 @@ inline i8 multiply_pairs(s16 a, s16 b) {
 #endif
 }
 
-// The pairs (a[i], b[i]): first of 0 .. 7, then of 8 .. 15.
-inline void interleave(s16 a, s16 b, s16& left, s16& right) {
+// The sums of a[4i] b[4i] to a[4i + 3] b[4i + 3]. No pair of products leaves 16 bits: |b| <= 127.
+inline i8 multiply_fours(s8 a, s8 b) {
 #if defined(__AVX2__)
   const __m256i x = reinterpret_cast<__m256i>(a), y = reinterpret_cast<__m256i>(b);
-  const __m256i low = _mm256_unpacklo_epi16(x, y), high = _mm256_unpackhi_epi16(x, y);
-  left = reinterpret_cast<s16>(_mm256_permute2x128_si256(low, high, 0x20));
-  right = reinterpret_cast<s16>(_mm256_permute2x128_si256(low, high, 0x31));
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
+  return reinterpret_cast<i8>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #else
-  for (int i = 0; i < kLanes; ++i) {
-    left[2 * i] = a[i], left[2 * i + 1] = b[i];
-    right[2 * i] = a[i + kLanes], right[2 * i + 1] = b[i + kLanes];
-  }
+  i8 sums{};
+  for (int i = 0; i < 4 * kLanes; ++i) sums[i / 4] += int32_t{a[i]} * b[i];
+  return sums;
 #endif
 }
 
-inline s16 widen(u8_half x) {
+// The same for a from 0 to 15, over two vectors each.
+inline i8 multiply_small_fours(u8_bytes a0, s8 b0, u8_bytes a1, s8 b1) {
 #if defined(__AVX2__)
-  return reinterpret_cast<s16>(_mm256_cvtepu8_epi16(reinterpret_cast<__m128i>(x)));
+  const auto pairs = [](u8_bytes a, s8 b) {
+    return _mm256_maddubs_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  };
+  return reinterpret_cast<i8>(_mm256_madd_epi16(_mm256_add_epi16(pairs(a0, b0), pairs(a1, b1)), _mm256_set1_epi16(1)));
 #else
-  return __builtin_convertvector(x, s16);
+  return multiply_fours(reinterpret_cast<s8>(a0), b0) + multiply_fours(reinterpret_cast<s8>(a1), b1);
 #endif
+}
+
+inline u8_bytes low_halves(u8_bytes x) { return x & 15; }
+inline u8_bytes high_halves(u8_bytes x) {
+  typedef uint16_t u16 __attribute__((vector_size(32)));  // there is no shift of bytes
+  return reinterpret_cast<u8_bytes>(reinterpret_cast<u16>(x) >> 4) & 15;
 }
 
 // What is stored is the number plus kOffset.
 struct Bits8 {
   static constexpr int kBytes = kGroup, kOffset = 0;
-  static constexpr bool kShortX = false;
-  static void unpack(const uint8_t* from, s16 (&to)[4]) {
-    for (int q = 0; q < 4; ++q) to[q] = widen(*reinterpret_cast<const s8_half_unaligned*>(from + q * kQuarter));
+  static void unpack(const uint8_t* from, s8 (&to)[2]) {
+    for (int i = 0; i < 2; ++i) to[i] = reinterpret_cast<s8>(load(from + i * kHalf));
+  }
+  // The products of a group with R rows of x, in eight sums each.
+  template <int R>
+  static void multiply(const uint8_t* group, const int8_t* x, int64_t ldx, i8 (&sums)[R]) {
+    s8 w[2];
+    unpack(group, w);
+    for (int r = 0; r < R; ++r) {
+      sums[r] = multiply_fours(w[0], load(x + r * ldx)) + multiply_fours(w[1], load(x + r * ldx + kHalf));
+    }
   }
 };
 
 struct Bits4 {
   static constexpr int kBytes = kGroup / 2, kOffset = 8;
-  static constexpr bool kShortX = true;
-  static void unpack(const uint8_t* from, s16 (&to)[4]) {
-    for (int q = 0; q < 2; ++q) {
-      const u8_half both = *reinterpret_cast<const u8_half_unaligned*>(from + q * kQuarter);
-      to[q] = widen(both & 15);
-      to[q + 2] = widen(both >> 4);
+  static void unpack(const uint8_t* from, s8 (&to)[2]) {
+    const u8_bytes both = load(from);
+    to[0] = reinterpret_cast<s8>(low_halves(both));
+    to[1] = reinterpret_cast<s8>(high_halves(both));
+  }
+  template <int R>
+  static void multiply(const uint8_t* group, const int8_t* x, int64_t ldx, i8 (&sums)[R]) {
+    const u8_bytes both = load(group), low = low_halves(both), high = high_halves(both);
+    for (int r = 0; r < R; ++r) {
+      sums[r] = multiply_small_fours(low, load(x + r * ldx), high, load(x + r * ldx + kHalf));
     }
   }
 };
 
 inline int groups(int n) { return (n + kGroup - 1) / kGroup; }
+inline int groups_of_sums(int n) { return (groups(n) + kSums - 1) / kSums * kSums; }
 
-// The sixteen-bit integers x / scale.
-inline void store_rounded(int16_t* p, f8 x, float times) {
-  const f8 magic = f8{} + 0x1.8p23f;  // adding it rounds to an integer
-  const i8 whole = __builtin_convertvector((x * times + magic) - magic, i8);
-#if defined(__AVX2__)
-  const __m256i words = _mm256_packs_epi32(reinterpret_cast<__m256i>(whole), reinterpret_cast<__m256i>(whole));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08)));
-#else
-  for (int j = 0; j < kLanes; ++j) p[j] = static_cast<int16_t>(whole[j]);
-#endif
-}
+// Rows of x, rounded. `stride` numbers and `n` groups to a row, with zeros behind those that there are.
+struct Rounded {
+  int8_t* numbers;
+  float* scales;     // a group with an infinity or a NaN is zeros and the scale NaN, so that every product is NaN too
+  int32_t* offsets;  // what the offset adds to the sum of a group
+  int64_t stride;
+  int n;
 
-// to[i] = x[i] / scale, rounded, where the largest becomes `steps`; the returned scale gives x back. Zeros follow up to
-// whole groups. A row with an infinity or a NaN becomes zeros and the scale NaN, so that every product is NaN too.
-inline float round_row(const float* x, int n, int16_t* to, float steps = kLargest) {
+  Rounded row(int r) const { return {numbers + r * stride, scales + r * n, offsets + r * n, stride, n}; }
+};
+
+inline float round_group(const float* x, int n, int8_t* to) {
   f8 largest{}, excess{};  // of what is not finite: NaN; else 0
   for_eights(0, n, [&](int i, auto count) {
     const f8 y = load(x + i, count);
     largest = max(largest, max(y, -y));
     excess += y - y;
   });
-  if (const float nan = sum(excess); nan != 0) {
-    std::fill(to, to + groups(n) * kGroup, int16_t{0});
-    return nan;
-  }
+  std::memset(to, 0, kGroup);
+  if (const float nan = sum(excess); nan != 0) return nan;
   float most = 0;
   for (int i = 0; i < kLanes; ++i) most = std::max(most, largest[i]);
-  const float times = most > 0 ? steps / most : 0;
-  for_eights(0, n, [&](int i, auto count) { store_rounded(to + i, load(x + i, count), times); });
-  for (int i = (n + kLanes - 1) / kLanes * kLanes; i % kGroup; ++i) to[i] = 0;
-  return most / steps;
-}
-
-// The same for each group by itself.
-inline void round_groups(const float* x, int n, int16_t* to, float* scales) {
-  for (int g = 0; g < groups(n); ++g) {
-    const int begin = g * kGroup;
-    scales[g] = round_row(x + begin, std::min(kGroup, n - begin), to + begin, 127.0f);
-  }
-}
-
-// The eight sums of multiply_pairs over a group of four-bit weights, with 8 added to each, and x in eight bits.
-inline i8 multiply_nibbles(const uint8_t* group, const int8_t* x) {
+  if (most == 0) return 0;
+  const float times = kSteps / most;
+  const f8 magic = f8{} + 0x1.8p23f;  // adding it rounds to an integer
+  for_eights(0, n, [&](int i, auto count) {
+    const i8 whole = __builtin_convertvector((load(x + i, count) * times + magic) - magic, i8);
 #if defined(__AVX2__)
-  const auto bytes = [](const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); };
-  const __m256i both = bytes(group), mask = _mm256_set1_epi8(15);
-  const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(both, mask), bytes(x));
-  const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), bytes(x + kGroup / 2));
-  const __m256i all = _mm256_add_epi16(low, high);
-  const __m128i words = _mm_add_epi16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-  return reinterpret_cast<i8>(_mm256_cvtepi16_epi32(words));
+    const __m256i words = _mm256_packs_epi32(reinterpret_cast<__m256i>(whole), reinterpret_cast<__m256i>(whole));
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words, words), _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i), _mm256_castsi256_si128(bytes));
 #else
-  s16 w[4];
-  Bits4::unpack(group, w);
-  i8 sums{};
-  for (int q = 0; q < 4; ++q) {
-    sums += multiply_pairs(w[q], widen(*reinterpret_cast<const s8_half_unaligned*>(x + q * kQuarter)));
-  }
-  return sums;
+    for (int j = 0; j < kLanes; ++j) to[i + j] = static_cast<int8_t>(whole[j]);
 #endif
+  });
+  return most / kSteps;
 }
 
-// What a thread needs to multiply by matrices of up to that many inputs and outputs, in floats.
-inline size_t quantized_floats(int inputs, int outputs) {
-  const size_t whole = size_t{kGroup} * groups(inputs), sums = size_t{kGroup} * groups(outputs);
-  const size_t rounded = kQuantizedRows * whole / 2, of_groups = size_t(kQuantizedRows) * groups(inputs);
-  return std::max<size_t>(kQuantizedRows, of_groups) + 2 * whole + rounded + std::max(whole, sums);
+inline void round_row(const float* x, int inputs, int offset, const Rounded& to) {
+  const int n = groups(inputs);
+  std::fill(to.scales + n, to.scales + to.n, 0.0f);
+  std::fill(to.offsets + n, to.offsets + to.n, 0);
+  for (int g = 0; g < n; ++g) {
+    const int begin = g * kGroup;
+    int8_t* at = to.numbers + begin;
+    to.scales[g] = round_group(x + begin, std::min(kGroup, inputs - begin), at);
+    int all = 0;
+    for (int i = 0; i < kGroup && offset; ++i) all += at[i];
+    to.offsets[g] = offset * all;
+  }
 }
 
-// --- by output ----------------------------------------------------------------------------------------------
+// --- by output: few rows ------------------------------------------------------------------------------------------
 
 constexpr int kAhead = 1024;  // bytes between what is multiplied and what is asked for
-constexpr int kScales = 4;    // outputs whose scales are widened together
 
-// x_scales: one of the row, or with short x one of each group.
-template <class Bits>
-void quantized_dot_row(const Matrix& W, const int16_t* x, const float* x_scales, float* y, Range outputs, float* scales,
-                       int32_t* excess) {
-  const int n = groups(W.inputs);
-  auto* bytes = reinterpret_cast<int8_t*>(excess + n * kLanes);  // of short x
-  for (int g = 0; g < n && Bits::kOffset != 0; ++g) {  // what the offset adds to each group
-    const s16 offset = s16{} + Bits::kOffset;
-    i8 sums{};
-    for (int q = 0; q < 4; ++q) sums += multiply_pairs(offset, load(x + g * kGroup + q * kQuarter));
-    store(excess + g * kLanes, sums);
+inline i8 add_neighbours(i8 a, i8 b) {
+  return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+
+// The groups from g on, as far as there are: their eight sums each become one.
+template <class Bits, int R>
+inline void sum_groups(const uint8_t* group, int count, const int8_t* x, int64_t ldx, i8 (&sums)[R]) {
+  const auto two = [&](int i, i8 (&to)[R]) {
+    i8 a[R] = {}, b[R] = {};
+    if (i < count) Bits::multiply(group + i * Bits::kBytes, x + i * kGroup, ldx, a);
+    if (i + 1 < count) Bits::multiply(group + (i + 1) * Bits::kBytes, x + (i + 1) * kGroup, ldx, b);
+    for (int r = 0; r < R; ++r) to[r] = add_neighbours(a[r], b[r]);
+  };
+  const auto four = [&](int i, i8 (&to)[R]) {
+    i8 a[R], b[R];
+    two(i, a);
+    two(i + 2, b);
+    for (int r = 0; r < R; ++r) to[r] = add_neighbours(a[r], b[r]);
+  };
+  i8 first[R], second[R] = {};
+  four(0, first);
+  if (count > 4) four(4, second);
+  for (int r = 0; r < R; ++r) {
+    sums[r] = __builtin_shufflevector(first[r], second[r], 0, 1, 2, 3, 8, 9, 10, 11) +
+              __builtin_shufflevector(first[r], second[r], 4, 5, 6, 7, 12, 13, 14, 15);
   }
-  float* of_x = scales + kScales * n;  // those of short x, for as many outputs
-  for (int i = 0; i < n * kGroup && Bits::kShortX; ++i) bytes[i] = static_cast<int8_t>(x[i]);
-  for (int o = 0; o < kScales && Bits::kShortX; ++o) std::copy(x_scales, x_scales + n, of_x + o * n);
+}
+
+// One output after the other: a single stream through the memory is what it reads fastest.
+template <class Bits, int R>
+void quantized_dots(const Matrix& W, const Rounded& x, float* y, Range outputs) {
+  const int n = groups(W.inputs), last = n % kSums;
   const auto* group = static_cast<const uint8_t*>(W.weights.data) + int64_t{outputs.begin} * n * Bits::kBytes;
-  for (int begin = outputs.begin; begin < outputs.end; begin += kScales) {
-    const int end = std::min(begin + kScales, outputs.end);
-    const auto* short_scales = static_cast<const BFloat16*>(W.scales) + int64_t{begin} * n;
-    for_eights(0, (end - begin) * n, [&](int i, auto count) {
-      const f8 of_weights = load(short_scales + i, count);
-      store(scales + i, Bits::kShortX ? of_weights * load(of_x + i, count) : of_weights, count);
-    });
-    // One output after the other: a single stream through the memory is what it reads fastest.
-    for (int o = begin; o < end; ++o) {
-      const float* of_group = scales + (o - begin) * n;
-      f8 total{};
-      for (int g = 0; g < n; ++g, group += Bits::kBytes) {
-        __builtin_prefetch(group + kAhead);
-        i8 whole;
-        if constexpr (Bits::kShortX) {
-          whole = multiply_nibbles(group, bytes + g * kGroup);
-        } else {
-          s16 w[4];
-          Bits::unpack(group, w);
-          const int16_t* input = x + g * kGroup;
-          whole = (multiply_pairs(w[0], load(input)) + multiply_pairs(w[1], load(input + kQuarter))) +
-                  (multiply_pairs(w[2], load(input + 2 * kQuarter)) + multiply_pairs(w[3], load(input + 3 * kQuarter)));
-        }
-        if constexpr (Bits::kOffset != 0) whole -= load(excess + g * kLanes);
-        total = multiply_add(__builtin_convertvector(whole, f8), of_group[g], total);
+  const i8 lanes = {0, 1, 2, 3, 4, 5, 6, 7}, valid = lanes < last;
+  for (int o = outputs.begin; o < outputs.end; ++o) {
+    const auto* scales = static_cast<const BFloat16*>(W.scales) + int64_t{o} * n;
+    f8 total[R] = {};
+    const auto eight = [&](int g, int count, f8 of_weights) {
+      for (int line = 0; line < count * Bits::kBytes; line += 64) __builtin_prefetch(group + line + kAhead);
+      i8 whole[R];
+      sum_groups<Bits>(group, count, x.numbers + g * kGroup, x.stride, whole);
+      group += count * Bits::kBytes;
+      for (int r = 0; r < R; ++r) {
+        if constexpr (Bits::kOffset != 0) whole[r] -= load(x.offsets + r * x.n + g);
+        const f8 scale = of_weights * load(x.scales + r * x.n + g);
+        total[r] = multiply_add(__builtin_convertvector(whole[r], f8), scale, total[r]);
       }
-      y[o] = sum(total) * (Bits::kShortX ? 1.0f : x_scales[0]);
+    };
+    for (int g = 0; g + kSums <= n; g += kSums) eight(g, kSums, load(scales + g));
+    if (last) {  // what follows are scales of the next output, unless there is none
+      const f8 some = o + 1 < W.outputs && n >= kSums ? load(scales + n - last) : load(scales + n - last, last);
+      eight(n - last, last, reinterpret_cast<f8>(reinterpret_cast<i8>(some) & valid));
+    }
+    for (int r = 0; r < R; ++r) y[int64_t{r} * W.outputs + o] = sum(total[r]);
+  }
+}
+
+// --- many rows ----------------------------------------------------------------------------------------------------
+
+// A panel of 16 outputs: (inputs / 2, 16) pairs of 16 bits, and (groups, 16) scales.
+struct QuantizedPanel {
+  int16_t* pairs;
+  float* scales;
+};
+
+inline void transpose(i8 (&x)[kLanes]) {
+  i8 a[kLanes], b[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    a[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    a[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < kLanes; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = __builtin_shufflevector(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[i + 2 * j + 1] = __builtin_shufflevector(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    x[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// Sixteen bytes of the group as words, from `begin` on.
+template <class Bits>
+inline s16 widened(const uint8_t* group, int begin) {
+  s8 both[2];
+  Bits::unpack(group, both);
+  alignas(32) int8_t bytes[kGroup];
+  *reinterpret_cast<s8*>(bytes) = both[0];
+  *reinterpret_cast<s8*>(bytes + kHalf) = both[1];
+  return widen(*reinterpret_cast<const s8_half_unaligned*>(bytes + begin)) - Bits::kOffset;
+}
+
+template <class Bits>
+void pack_by_output(const Matrix& W, int begin, int count, const QuantizedPanel& panel) {
+  const int n = groups(W.inputs);
+  const auto* weights = static_cast<const uint8_t*>(W.weights.data);
+  const auto* scales = static_cast<const BFloat16*>(W.scales);
+  for (int g = 0; g < n; ++g) {
+    for (int o = 0; o < kPanel; ++o) {
+      panel.scales[g * kPanel + o] = o < count ? load1(scales + int64_t{begin + o} * n + g) : 0.0f;
+    }
+    for (int left = 0; left < kPanel; left += kLanes) {
+      s8 bytes[kLanes][2] = {};
+      for (int o = 0; o < kLanes && left + o < count; ++o) {
+        Bits::unpack(weights + (int64_t{begin + left + o} * n + g) * Bits::kBytes, bytes[o]);
+      }
+      for (int quarter = 0; quarter < 4; ++quarter) {  // eight pairs of eight outputs
+        i8 pairs[kLanes];
+        for (int o = 0; o < kLanes; ++o) {
+          const auto* from = reinterpret_cast<const int8_t*>(bytes[o]) + quarter * 2 * kLanes;
+          const s16 wide = widen(*reinterpret_cast<const s8_half_unaligned*>(from)) - Bits::kOffset;
+          pairs[o] = reinterpret_cast<i8>(wide);
+        }
+        transpose(pairs);
+        auto* to = reinterpret_cast<int32_t*>(panel.pairs) + (g * kHalf + quarter * kLanes) * kPanel + left;
+        for (int p = 0; p < kLanes; ++p) store(to + p * kPanel, pairs[p]);
+      }
     }
   }
 }
 
-template <int R, int O, bool kShortX>
-void quantized_tile(const int16_t* x, int64_t ldx, const int16_t* w, int64_t ldw, int n_groups, const float* scales,
-                    int64_t ld_scales, const float* x_scales, float* y, int64_t ldy) {
-  f8 total[R][O] = {};
-  for (int g = 0; g < n_groups; ++g) {
-    i8 whole[R][O] = {};
-    for (int q = 0; q < 4; ++q) {
-      const int k = g * kGroup + q * kQuarter;
-      s16 weights[O];
-      for (int o = 0; o < O; ++o) weights[o] = load(w + o * ldw + k);
+template <class Bits>
+void pack_by_input(const Matrix& W, int begin, int count, const QuantizedPanel& panel) {
+  const int n = groups(W.inputs);
+  const int64_t stride = int64_t{groups(W.outputs)} * Bits::kBytes;
+  const auto* from = static_cast<const uint8_t*>(W.weights.data) + begin / kGroup * Bits::kBytes;
+  const auto* scales = static_cast<const BFloat16*>(W.scales);
+  const auto words = [&](int k) { return k < W.inputs ? widened<Bits>(from + k * stride, begin % kGroup) : s16{}; };
+  for (int g = 0; g < n; ++g) {
+    for (int o = 0; o < kPanel; ++o) {
+      panel.scales[g * kPanel + o] = o < count ? load1(scales + int64_t{g} * W.outputs + begin + o) : 0.0f;
+    }
+    for (int p = g * kHalf; p < (g + 1) * kHalf; ++p) {
+      const s16 a = words(2 * p), b = words(2 * p + 1);
+      const s16 low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      const s16 high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      auto* to = reinterpret_cast<int32_t*>(panel.pairs) + p * kPanel;
+      store(to, reinterpret_cast<i8>(low));
+      store(to + kLanes, reinterpret_cast<i8>(high));
+    }
+  }
+}
+
+// y (R, 16) = x (R, inputs) panel
+template <int R>
+void quantized_tile(const int16_t* x, const Rounded& rounded, const QuantizedPanel& panel, int n, float* y, int64_t ldy,
+                    int count) {
+  f8 total[kSums][R][2] = {};
+  for (int g = 0; g < n; ++g) {
+    i8 whole[R][2] = {};
+    const int16_t* at = x + g * kGroup;
+    const auto* pairs = reinterpret_cast<const int32_t*>(panel.pairs) + g * kHalf * kPanel;
+    for (int p = 0; p < kHalf; ++p) {
+      const s16 left = reinterpret_cast<s16>(load(pairs + p * kPanel));
+      const s16 right = reinterpret_cast<s16>(load(pairs + p * kPanel + kLanes));
       for (int r = 0; r < R; ++r) {
-        const s16 input = load(x + r * ldx + k);
-        for (int o = 0; o < O; ++o) whole[r][o] += multiply_pairs(weights[o], input);
+        int32_t pair;
+        std::memcpy(&pair, at + r * rounded.stride + 2 * p, sizeof pair);
+        const s16 times = reinterpret_cast<s16>(i8{} + pair);
+        whole[r][0] += multiply_pairs(left, times);
+        whole[r][1] += multiply_pairs(right, times);
       }
     }
-    for (int o = 0; o < O; ++o) {
+    for (int v = 0; v < 2; ++v) {
+      const f8 of_weights = load(panel.scales + g * kPanel + v * kLanes);
       for (int r = 0; r < R; ++r) {
-        const float scale = scales[o * ld_scales + g] * (kShortX ? x_scales[r * n_groups + g] : 1.0f);
-        total[r][o] = multiply_add(__builtin_convertvector(whole[r][o], f8), scale, total[r][o]);
+        f8& sum = total[g % kSums][r][v];
+        sum = multiply_add(__builtin_convertvector(whole[r][v], f8), of_weights * rounded.scales[r * rounded.n + g], sum);
       }
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int o = 0; o < O; ++o) y[r * ldy + o] = sum(total[r][o]) * (kShortX ? 1.0f : x_scales[r]);
+    for (int v = 0; v < 2; ++v) {
+      const auto of = [&](int i) { return total[i][r][v]; };
+      const f8 all = ((of(0) + of(4)) + (of(2) + of(6))) + ((of(1) + of(5)) + (of(3) + of(7)));
+      if (const int some = count - v * kLanes; some >= kLanes) {
+        store(y + r * ldy + v * kLanes, all);
+      } else if (some > 0) {
+        store(y + r * ldy + v * kLanes, all, some);
+      }
+    }
   }
 }
 
 template <class Bits>
-void quantized_dot_rows(const Matrix& W, const int16_t* x, int rows, const float* x_scales, float* y, Range outputs,
-                        int16_t* wide, float* scales) {
-  constexpr int R = 3, O = 2;
-  const int n = groups(W.inputs), depth = n * kGroup;
-  const auto* weights = static_cast<const uint8_t*>(W.weights.data);
-  const auto* short_scales = static_cast<const BFloat16*>(W.scales);
-  for (int begin = outputs.begin; begin < outputs.end; begin += O) {
-    const int some = std::min(O, outputs.end - begin);
-    for (int o = 0; o < some; ++o) {
-      const int64_t at = int64_t{begin + o} * n;
-      for (int g = 0; g < n; ++g) {
-        s16 w[4];
-        Bits::unpack(weights + (at + g) * Bits::kBytes, w);
-        for (int q = 0; q < 4; ++q) store(wide + o * depth + g * kGroup + q * kQuarter, w[q] - Bits::kOffset);
-      }
-      for_eights(0, n, [&](int g, auto count) { store(scales + o * depth + g, load(short_scales + at + g, count), count); });
+void quantized_panels(const Matrix& W, const Rounded& x, int rows, float* y, Range outputs, int16_t* wide,
+                      const QuantizedPanel& panel) {
+  const int n = groups(W.inputs);
+  for (int64_t i = 0; i < rows * x.stride; i += 2 * kLanes) {
+    *reinterpret_cast<s16_unaligned*>(wide + i) = widen(*reinterpret_cast<const s8_half_unaligned*>(x.numbers + i));
+  }
+  for (int begin = outputs.begin; begin < outputs.end; begin += kPanel) {
+    const int count = std::min(kPanel, outputs.end - begin);
+    W.by_input ? pack_by_input<Bits>(W, begin, count, panel) : pack_by_output<Bits>(W, begin, count, panel);
+    constexpr void (*tiles[])(const int16_t*, const Rounded&, const QuantizedPanel&, int, float*, int64_t, int) = {
+        quantized_tile<1>, quantized_tile<2>, quantized_tile<3>, quantized_tile<4>, quantized_tile<5>, quantized_tile<6>};
+    for (int row = 0; row < rows; row += kRows) {
+      tiles[std::min(kRows, rows - row) - 1](wide + row * x.stride, x.row(row), panel, n,
+                                             y + int64_t{row} * W.outputs + begin, W.outputs, count);
     }
-    const auto tile = [&](auto R_, auto O_, int row) {
-      const float* of_x = x_scales + row * (Bits::kShortX ? n : 1);
-      quantized_tile<R_, O_, Bits::kShortX>(x + int64_t{row} * depth, depth, wide, depth, n, scales, depth, of_x,
-                                            y + int64_t{row} * W.outputs + begin, W.outputs);
-    };
-    using One = std::integral_constant<int, 1>;
-    int row = 0;
-    for (; row + R <= rows; row += R) {
-      some == O ? tile(std::integral_constant<int, R>{}, std::integral_constant<int, O>{}, row)
-                : tile(std::integral_constant<int, R>{}, One{}, row);
-    }
-    for (; row < rows; ++row) some == O ? tile(One{}, std::integral_constant<int, O>{}, row) : tile(One{}, One{}, row);
   }
 }
 
-// --- by input -----------------------------------------------------------------------------------------------
+// --- by input: one row --------------------------------------------------------------------------------------------
 
-constexpr int kPairs = 2;         // pairs of inputs that one pass over the sums takes along
+constexpr int kFours = 2;         // fours of inputs that one pass over the sums takes along
 constexpr int kInputsAhead = 12;  // active inputs between what is multiplied and what is asked for
 
-// For one row of x: group after group, what its inputs that are not zero add to the outputs. `sums`: whole strips.
-// active: room for the inputs.
-template <class Bits>
-void quantized_strips(const Matrix& W, const int16_t* x, float scale, float* y, Range outputs, int32_t* sums,
-                      int* active) {
-  const int n = groups(W.inputs);
-  const auto* weights = static_cast<const uint8_t*>(W.weights.data);
-  const auto* short_scales = static_cast<const BFloat16*>(W.scales);
-  const int64_t stride = int64_t{groups(W.outputs)} * Bits::kBytes;
-  const int first = outputs.begin / kGroup, strips = groups(outputs.end) - first;
-  std::fill(y + outputs.begin, y + outputs.end, 0.0f);
-  int n_active = 0;
-  for (int k = 0; k < W.inputs; ++k) {
-    active[n_active] = k;
-    n_active += x[k] != 0;
-  }
-  const int* now = active;
-  for (int g = 0; g < n; ++g) {
-    int count = 0;
-    while (now + count < active + n_active && now[count] < (g + 1) * kGroup) ++count;
-    for (int i = 0; i < count; i += 2 * kPairs) {
-      const uint8_t *from[2 * kPairs], *soon[2 * kPairs];
-      s16 times[kPairs];
-      for (int j = 0; j < 2 * kPairs; ++j) {
-        const int k = i + j < count ? now[i + j] : now[i];
-        const int* later = std::min<const int*>(now + i + j + kInputsAhead, active + n_active - 1);
-        from[j] = weights + k * stride + first * Bits::kBytes;
-        soon[j] = weights + *later * stride + first * Bits::kBytes;
-      }
-      for (int p = 0; p < kPairs; ++p) {
-        const auto value = [&](int j) { return static_cast<uint16_t>(j < count ? x[now[j]] : 0); };
-        times[p] = reinterpret_cast<s16>(u8{} + (value(i + 2 * p) | static_cast<uint32_t>(value(i + 2 * p + 1)) << 16));
-      }
-      for (int strip = 0; strip < strips; ++strip) {
-        int32_t* at = sums + strip * kGroup;
-        i8 whole[8];
-        for (int v = 0; v < 8; ++v) whole[v] = i == 0 ? i8{} : load(at + v * kLanes);
-        for (int p = 0; p < kPairs; ++p) {
-          s16 a[4], b[4];
-          for (int j = 2 * p; j < 2 * p + 2; ++j) __builtin_prefetch(soon[j] + strip * Bits::kBytes);
-          Bits::unpack(from[2 * p] + strip * Bits::kBytes, a);
-          Bits::unpack(from[2 * p + 1] + strip * Bits::kBytes, b);
-          for (int q = 0; q < 4; ++q) {
-            s16 left, right;
-            interleave(a[q] - Bits::kOffset, b[q] - Bits::kOffset, left, right);
-            whole[2 * q] += multiply_pairs(left, times[p]);
-            whole[2 * q + 1] += multiply_pairs(right, times[p]);
-          }
-        }
-        for (int v = 0; v < 8; ++v) store(at + v * kLanes, whole[v]);
-      }
-    }
-    now += count;
-    if (count == 0) continue;
-    const int begin = first * kGroup;
-    for_eights(outputs.begin, outputs.end, [&](int o, auto some) {
-      const f8 scales = load(short_scales + int64_t{g} * W.outputs + o, some);
-      store(y + o, multiply_add(__builtin_convertvector(load(sums + o - begin), f8), scales, load(y + o, some)), some);
-    });
-  }
-  for_eights(outputs.begin, outputs.end, [&](int i, auto some) { store(y + i, load(y + i, some) * scale, some); });
+// Four outputs' bytes of the inputs a, b, c, d side by side, and so on. Of 32 outputs, first those of to[0]: 0 to 3 and
+// 16 to 19, then the next four of both halves.
+inline void interleave(const s8 (&x)[4], s8 (&to)[4]) {
+  const auto bytes = [](s8 a, s8 b, s8& low, s8& high) {
+    low = __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 16, 48, 17, 49, 18, 50, 19,
+                                  51, 20, 52, 21, 53, 22, 54, 23, 55);
+    high = __builtin_shufflevector(a, b, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 24, 56, 25, 57, 26,
+                                   58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
+  };
+  const auto pairs = [](s8 a, s8 b, s8& low, s8& high) {
+    const s16 x = reinterpret_cast<s16>(a), y = reinterpret_cast<s16>(b);
+    low = reinterpret_cast<s8>(__builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27));
+    high = reinterpret_cast<s8>(__builtin_shufflevector(x, y, 4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31));
+  };
+  s8 ab[2], cd[2];
+  bytes(x[0], x[1], ab[0], ab[1]);
+  bytes(x[2], x[3], cd[0], cd[1]);
+  pairs(ab[0], cd[0], to[0], to[1]);
+  pairs(ab[1], cd[1], to[2], to[3]);
 }
 
-// --- both ---------------------------------------------------------------------------------------------------
+// What the inputs of the groups that belong to the sums `of` add to the outputs of whole strips of 64. totals: (8,
+// outputs of the strips), those of `of` are filled; whole: (outputs of the strips). Inputs whose x is zero are not read,
+// where it skips.
+template <class Bits>
+void quantized_strips(const Matrix& W, const Rounded& x, Range of, Range strips, float* totals, int32_t* whole,
+                      bool skips) {
+  const int n = groups(W.inputs), first = strips.begin * kGroup, width = (strips.end - strips.begin) * kGroup;
+  const auto* weights = static_cast<const uint8_t*>(W.weights.data) + strips.begin * Bits::kBytes;
+  const auto* scales = static_cast<const BFloat16*>(W.scales);
+  const int64_t stride = int64_t{groups(W.outputs)} * Bits::kBytes;
+  std::fill(totals + int64_t{of.begin} * width, totals + int64_t{of.end} * width, 0.0f);
+  for (int g = of.begin; g < n; g = g % kSums + 1 < of.end ? g + 1 : g - g % kSums + kSums + of.begin) {
+    int active[kGroup + kInputsAhead], count = 0;
+    for (int k = g * kGroup; k < std::min((g + 1) * kGroup, W.inputs); ++k) {
+      active[count] = k;
+      count += x.numbers[k] != 0 || !skips;
+    }
+    if (count == 0 && x.scales[g] == 0) continue;
+    for (int i = 0; i < kInputsAhead; ++i) active[count + i] = count ? active[count - 1] : g * kGroup;
+    std::fill(whole, whole + width, 0);
+    for (int i = 0; i < count; i += 4 * kFours) {
+      const uint8_t *from[4 * kFours], *soon[4 * kFours];
+      s8 times[kFours];
+      for (int f = 0; f < kFours; ++f) {
+        uint32_t four = 0;
+        for (int j = 0; j < 4; ++j) {
+          const int at = i + 4 * f + j, k = active[std::min(at, count - 1)];
+          if (at < count) four |= static_cast<uint32_t>(static_cast<uint8_t>(x.numbers[k])) << 8 * j;
+          from[4 * f + j] = weights + k * stride;
+          soon[4 * f + j] = weights + active[std::min(at + kInputsAhead, count + kInputsAhead - 1)] * stride;
+        }
+        times[f] = reinterpret_cast<s8>(u8{} + four);
+      }
+      for (int strip = 0; strip < strips.end - strips.begin; ++strip) {
+        int32_t* at = whole + strip * kGroup;
+        i8 sums[kLanes];
+        for (int v = 0; v < kLanes; ++v) sums[v] = load(at + v * kLanes);
+        for (int f = 0; f < kFours; ++f) {
+          s8 w[4][2];
+          for (int j = 0; j < 4; ++j) {
+            __builtin_prefetch(soon[4 * f + j] + strip * Bits::kBytes);
+            Bits::unpack(from[4 * f + j] + strip * Bits::kBytes, w[j]);
+          }
+          for (int half = 0; half < 2; ++half) {
+            const s8 rows[4] = {w[0][half], w[1][half], w[2][half], w[3][half]};
+            s8 fours[4];
+            interleave(rows, fours);
+            for (int v = 0; v < 4; ++v) sums[4 * half + v] += multiply_fours(times[f], fours[v]);
+          }
+        }
+        for (int v = 0; v < kLanes; ++v) store(at + v * kLanes, sums[v]);
+      }
+    }
+    float* total = totals + int64_t{g % kSums} * width;
+    for (int o = 0; o < width && first + o < W.outputs; o += kHalf) {
+      const int32_t* at = whole + o;
+      const i8 a = load(at), b = load(at + kLanes), c = load(at + 2 * kLanes), d = load(at + 3 * kLanes);
+      const i8 in_order[] = {__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11),
+                             __builtin_shufflevector(c, d, 0, 1, 2, 3, 8, 9, 10, 11),
+                             __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15),
+                             __builtin_shufflevector(c, d, 4, 5, 6, 7, 12, 13, 14, 15)};
+      for_eights(o, std::min(o + kHalf, W.outputs - first), [&](int to, auto some) {
+        const f8 scale = load(scales + int64_t{g} * W.outputs + first + to, some) * x.scales[g];
+        const i8 sum = in_order[(to - o) / kLanes] - x.offsets[g];
+        store(total + to, multiply_add(__builtin_convertvector(sum, f8), scale, load(total + to)));
+      });
+    }
+  }
+}
+
+// y = the eight sums added, for these outputs.
+inline void add_sums(const float* totals, int64_t width, int first, Range outputs, float* y) {
+  for_eights(outputs.begin, outputs.end, [&](int o, auto some) {
+    const auto of = [&](int i) { return load(totals + i * width + o - first); };
+    store(y + o, ((of(0) + of(4)) + (of(2) + of(6))) + ((of(1) + of(5)) + (of(3) + of(7))), some);
+  });
+}
+
+// --- all ----------------------------------------------------------------------------------------------------------
+
+// What a thread needs to multiply by matrices of up to that many inputs and outputs, in floats.
+inline size_t quantized_floats(int inputs, int outputs) {
+  const size_t whole = size_t{kGroup} * groups_of_sums(inputs), rows = kQuantizedRows;
+  const size_t rounded = rows * (whole / 4 + 2 * whole / kGroup);
+  const size_t panels = rows * whole / 2 + kPanel * whole / 2 + kPanel * whole / kGroup;
+  const size_t strips = size_t{kSums + 1} * kGroup * groups(outputs);
+  return rounded + std::max(panels, strips) + 64;
+}
+
+inline Rounded take_rounded(int inputs, int rows, float*& scratch) {
+  const int n = groups_of_sums(inputs);
+  const Rounded x{reinterpret_cast<int8_t*>(scratch), scratch + int64_t{rows} * n * kGroup / 4,
+                  reinterpret_cast<int32_t*>(scratch + int64_t{rows} * n * (kGroup / 4 + 1)), int64_t{n} * kGroup, n};
+  scratch += int64_t{rows} * n * (kGroup / 4 + 2);
+  return x;
+}
 
 template <class Bits>
 void multiply_quantized(const Matrix& W, const float* x, int rows, float* y, Range outputs, float* scratch) {
-  const int n = groups(W.inputs), whole = n * kGroup;
-  float* x_scales = scratch;  // of each row, or with short x of each group of each row
-  float* scales = x_scales + kQuantizedRows * std::max(1, n);
-  auto* rounded = reinterpret_cast<int16_t*>(scales + 2 * whole);
-  int16_t* wide = rounded + int64_t{kQuantizedRows} * whole;
+  const Rounded rounded = take_rounded(W.inputs, kQuantizedRows, scratch);
+  auto* wide = reinterpret_cast<int16_t*>(scratch);
+  int16_t* pairs = wide + kQuantizedRows * rounded.stride;
+  const QuantizedPanel panel{pairs, reinterpret_cast<float*>(pairs + kPanel * rounded.stride)};
+  const Range strips{outputs.begin / kGroup, groups(outputs.end)};
+  const int64_t width = int64_t{kGroup} * (strips.end - strips.begin);
   for (int begin = 0; begin < rows; begin += kQuantizedRows) {
     const int some = std::min(kQuantizedRows, rows - begin);
-    for (int r = 0; r < some; ++r) {
-      const float* row = x + int64_t{begin + r} * W.inputs;
-      int16_t* at = rounded + int64_t{r} * whole;
-      if (Bits::kShortX && !W.by_input) {
-        round_groups(row, W.inputs, at, x_scales + r * n);
-      } else {
-        x_scales[r] = round_row(row, W.inputs, at);
-      }
-    }
+    for (int r = 0; r < some; ++r) round_row(x + int64_t{begin + r} * W.inputs, W.inputs, Bits::kOffset, rounded.row(r));
     float* to = y + int64_t{begin} * W.outputs;
-    if (W.by_input) {
-      auto* sums = reinterpret_cast<int32_t*>(rounded + int64_t{kQuantizedRows} * whole);
+    if (some > (W.by_input ? kMaxRowsOfStrips : kMaxRowsOfDots)) {
+      quantized_panels<Bits>(W, rounded, some, to, outputs, wide, panel);
+    } else if (W.by_input) {
       for (int r = 0; r < some; ++r) {
-        quantized_strips<Bits>(W, rounded + int64_t{r} * whole, x_scales[r], to + int64_t{r} * W.outputs, outputs, sums,
-                               reinterpret_cast<int*>(scales));
+        quantized_strips<Bits>(W, rounded.row(r), {0, kSums}, strips, scratch,
+                               reinterpret_cast<int32_t*>(scratch + kSums * width), true);
+        add_sums(scratch, width, strips.begin * kGroup, outputs, to + int64_t{r} * W.outputs);
       }
-    } else if (some == 1) {
-      quantized_dot_row<Bits>(W, rounded, x_scales, to, outputs, scales, reinterpret_cast<int32_t*>(wide));
     } else {
-      quantized_dot_rows<Bits>(W, rounded, some, x_scales, to, outputs, wide, scales);
+      int r = 0;
+      for (; r + 4 <= some; r += 4) quantized_dots<Bits, 4>(W, rounded.row(r), to + int64_t{r} * W.outputs, outputs);
+      for (; r + 2 <= some; r += 2) quantized_dots<Bits, 2>(W, rounded.row(r), to + int64_t{r} * W.outputs, outputs);
+      for (; r < some; ++r) quantized_dots<Bits, 1>(W, rounded.row(r), to + int64_t{r} * W.outputs, outputs);
     }
   }
 }

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import random_tokens, small_model
-from torch import Tensor
+from torch import Tensor, nn
 
 import wkv
 from wkv.checkpoints import write_safetensors
@@ -170,10 +171,19 @@ def test_products_are_those_of_the_stored_weights(name: str, bits: int, data: st
         assert torch.equal(made(x[row : row + 1])[0], y[row])  # a row's bits depend on the row alone
     torch.set_num_threads(before)
     weight = made.dequantized().double()
-    # x is rounded to so many steps a side, and the sum of the groups is float32.
-    steps = 127 if bits == 4 and not by_input else 32767
-    bound = x.double().abs().amax(dim=1, keepdim=True) * weight.abs().sum(dim=1) * (0.5 / steps + 2e-6)
-    assert ((y.double() - x.double() @ weight.mT).abs() <= bound).all()
+    # Each group of x is rounded to 127 steps a side, and the sum of the groups is float32.
+    bound = torch.zeros_like(y, dtype=torch.float64)
+    for start in range(0, n_in, 64):
+        group = slice(start, start + 64)
+        bound += x.double()[:, group].abs().amax(dim=1, keepdim=True) * weight[:, group].abs().sum(dim=1)
+    assert ((y.double() - x.double() @ weight.mT).abs() <= bound * (0.5 / 127 + 2e-6)).all()
+
+
+def in_steps(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """x as the engine's products take it: each group in 127 steps a side."""
+    x = F.pad(inputs[0], (0, -inputs[0].shape[-1] % 64)).unflatten(-1, (-1, 64))
+    step = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-30)
+    return ((x / step).round() * step).flatten(-2)[..., : inputs[0].shape[-1]]
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -188,14 +198,16 @@ def test_a_quantised_model_is_the_model_of_its_stored_weights(shape: str, tier: 
             assert isinstance(stored, QuantizedLinear)
             assert stored.bits == (8 if tier == "int8" or name == "head" else 4)
             module.weight.copy_(stored.dequantized())
+            if native.why_not() is None:
+                module.register_forward_pre_hook(in_steps)
     tokens = random_tokens(model, 2, 9)
     expected = exact(tokens)[0]
     for backend in ["reference"] if native.why_not() else ["reference", "native"]:
         with use_backend(backend):
             logits, state = model(tokens)
             one, _ = model(tokens[:, :1], state)
-        rounds_x = tier == "int4" and native.why_not() is None  # to 8 bits
-        assert float((logits - expected).norm() / expected.norm()) < (0.2 if rounds_x else 1e-3)
+        # Mostly 1e-7; now and then an x in the middle of two steps goes the other way.
+        assert float((logits - expected).norm() / expected.norm()) < 0.01
         assert one.isfinite().all()
 
 
