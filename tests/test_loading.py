@@ -356,6 +356,38 @@ def test_loading_takes_the_memory_of_the_weights_and_saving_next_to_none(dtype, 
     assert len(result.stdout.splitlines()) == len(paths)
 
 
+def files_at(address: int) -> list[str]:
+    """What the memory at that address is a map of."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, _, *path = line.split()
+        begin, end = (int(part, 16) for part in span.split("-"))
+        if begin <= address < end:
+            found += path
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_only_the_embedding_of_a_safetensors_stays_in_its_file_and_every_storage_ends_with_its_weight(
+    quantize, tmp_path
+):
+    model = wkv.build(RWKV4Config(vocab_size=70, n_layer=2, n_embd=32, dim_att=32, dim_ffn=64))
+    for suffix in ("pth", "safetensors"):
+        path = tmp_path / f"model.{suffix}"
+        save(model, path)
+        for dtype in (torch.float32, torch.bfloat16):
+            before = path.read_bytes()
+            loaded, _ = load(path, dtype=dtype, quantize=quantize)
+            stays = suffix == "safetensors" and dtype == torch.float32
+            for name, weight in loaded.state_dict().items():
+                assert weight.untyped_storage().nbytes() == weight.nbytes
+                is_there = str(path) in files_at(weight.data_ptr())
+                assert is_there == (stays and name == "emb.weight"), name
+            loaded.emb.weight.data.fill_(0)
+            assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["none.pth", "."])
 def test_a_file_that_is_not_there_is_a_typed_error(tmp_path, name):
     with pytest.raises(Error, match=str(tmp_path)):

@@ -11,7 +11,8 @@ into memory of its own, in the dtype and on the device where it will be used.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from .checkpoints import (
 from .config import Config
 from .errors import CheckpointError
 from .models import RWKV, build
+from .models.arena import Arena
 from .models.quantized import QuantizedLinear
 from .models.quantized import quantize as to_bits
 from .models.quantized import stored as in_bits
@@ -63,7 +65,9 @@ def load(
                has been quantised needs no word, and its original is not looked for
     verify     compare every tensor with the checksum in the file, and refuse values that are not finite
 
-    Memory grows by the weights in their target dtype, and little more. CheckpointError, CorruptFileError
+    Memory grows by the weights in their target dtype, and little more. On the CPU the embedding of a
+    .safetensors stays in the file where it has that dtype, mapped: replace such a file while it is in use, as
+    `save` does, but do not write into it. CheckpointError, CorruptFileError
     or UnsafeFileError when the file is no model, is damaged, lacks a tensor, has one too many or one of
     another shape, or tries more than to hold tensors; TokenizerError when the tokenizer does not fit.
     """
@@ -86,6 +90,8 @@ def load(
             _check_names(checkpoint.config, expected=shapes, found=checkpoint.shapes)
         tokenizer = _tokenizer(tokenizer, path, checkpoint.config.vocab_size)
         weights: dict[str, Tensor] = {}
+        stays = _stays_on_disk(checkpoint, dtype, device)
+        empty_like = _allocator(model, device, without=stays)
         for name in checkpoint.names:
             stored = checkpoint.read(name, verify=verify)
             if verify:
@@ -95,17 +101,39 @@ def load(
             place = name.rpartition(".")[0]
             module = model.get_submodule(place)
             if isinstance(module, QuantizedLinear) and checkpoint.quantization is None:
-                buffers = in_bits(module, stored.to(device))
-                weights |= {f"{place}.{kind}": buffer for kind, buffer in buffers.items()}
+                for kind, buffer in in_bits(module, stored.to(device)).items():
+                    weights[f"{place}.{kind}"] = empty_like(buffer).copy_(buffer)
             elif (stored.dtype == torch.uint8) != (blank[name].dtype == torch.uint8):
                 raise CheckpointError(
                     f"{path}: tensor {shown(name)} holds {stored.dtype}", str(blank[name].dtype)
                 )
+            elif name == stays:
+                weights[name] = _apart(stored)
             else:
-                weights[name] = torch.empty_like(blank[name], device=device)
-                weights[name].copy_(stored)
+                weights[name] = empty_like(blank[name]).copy_(stored)
     model.load_state_dict(weights, assign=True)
     return model.eval(), tokenizer
+
+
+def _stays_on_disk(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> str | None:
+    """The embedding's name, if it may: it is read a row at a time."""
+    name = "emb.weight"
+    is_mapped = checkpoint.format == "safetensors" and torch.device(device).type == "cpu"
+    return name if is_mapped and checkpoint.dtypes[name] == dtype else None
+
+
+def _allocator(model: RWKV, device: torch.device | str, *, without: str | None) -> Callable[[Tensor], Tensor]:
+    """Like torch.empty_like, for all weights of the model but that one."""
+    if torch.device(device).type != "cpu":
+        return partial(torch.empty_like, device=device)
+    return Arena.like(*(x for name, x in model.state_dict().items() if name != without)).empty_like
+
+
+def _apart(mapped: Tensor) -> Tensor:
+    """The same numbers in the file, in a storage that ends where they do."""
+    if mapped.data_ptr() % mapped.itemsize:
+        return mapped.clone()
+    return torch.from_numpy(mapped.view(torch.uint8).numpy()).view(mapped.dtype).view(mapped.shape)
 
 
 def save(model: RWKV, path: str | PathLike[str]) -> None:

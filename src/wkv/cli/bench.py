@@ -98,12 +98,15 @@ def load_or_build(name: str | None, how: ModelFlags) -> tuple[str, RWKV]:
     import torch
 
     from ..models import build
+    from ..models.arena import gather
     from ..models.quantized import quantize
 
     dtype = torch_dtype(how.dtype) or torch.float32
     model = build(config, device=use_device(how.device), dtype=dtype)
     if how.quantize is not None:
         quantize(model, how.quantize)
+    if model.device.type == "cpu":
+        gather(model)  # where `load` would have put it
     return f"{name} with random weights", model
 
 
