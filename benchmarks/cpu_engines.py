@@ -302,15 +302,12 @@ def write_weights(model: str, folder: str) -> dict[str, Any]:
     import torch
 
     import wkv
+    from wkv.cli.quantize_report import random_model
 
     config = config_of(model)
-    network = wkv.build(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode():
-        for weight in network.parameters():
-            # Less, and a wrong time mix would not be seen in the logits.
-            weight += 0.05 * torch.randn(weight.shape, generator=generator)
-        if config.generation == 7:
+    network = random_model(config)
+    if config.generation == 7:
+        with torch.no_grad():
             for block in network.blocks:
                 block.ffn.key.weight += block.ffn.key.weight.std() / 4
     place = Path(folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,11 +206,46 @@ def test_random_weights_read_random_tokens_and_are_not_judged(
     monkeypatch.setitem(RWKV7Config.sizes, "0.1M", dataclasses.asdict(CONFIG) | {"vocab_size": 300})
     result = run(capsys, "rwkv7-0.1m", "--tokens", 50)
     assert result.status == 0
-    assert "random weights" in result.out and "random tokens, which are no text" in result.out
+    assert "random tokens, which are no text" in result.out
+    assert "random weights: bits mean nothing; KL and top-1 tell" in result.out
     assert "not recommended" not in result.out and "as good as" not in result.out
     card = json.loads(run(capsys, "rwkv7-0.1m", "--tokens", 50, "--json").out)
     assert card["bytes"] is None
-    assert all(row["bits_per_byte"] is None for row in card["tiers"])
+    assert all(row["bits_per_byte"] is None and row["verdict"] is None for row in card["tiers"])
+    kl = {row["tier"]: row["kl"] for row in card["tiers"]}
+    assert kl["int4"] > 5 * kl["int8"] > 0  # the blocks count, not the head alone, which has 8 bits in both
+
+
+def test_two_models_are_in_memory_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[RWKV]] = []
+    most = 0
+
+    def load(tier: str) -> tuple[RWKV, None]:
+        nonlocal most
+        model = model_of()
+        alive.append(weakref.ref(model))
+        most = max(most, sum(each() is not None for each in alive))
+        return model, None
+
+    others = {tier: partial(load, tier) for tier in report.TIERS}
+    rows = report.measure_tiers(model_of(), others, report.random_tokens(256, 9))
+    assert [row["tier"] for row in rows] == ["float32", *report.TIERS]
+    assert most == 1 and len(alive) == 3  # besides the one in float32
+
+
+def test_a_converted_file_gets_a_row_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wkv.save(quantize(model_of(), "int4"), folder / "plain.safetensors")
+    wkv.save(quantize(model_of(seed=1), "int8"), folder / "another.safetensors")
+    files = "plain.safetensors", "another.safetensors"
+    line = "model.safetensors", "--text", "text.txt", "--tokens", 300
+    card = json.loads(run(capsys, *line, "--json", "--also", *files).out)
+    rows = {row["tier"]: row for row in card["tiers"]}
+    assert list(rows) == ["float32", "bfloat16", "int8", "int4", *files]
+    assert rows[files[0]]["kl"] == rows["int4"]["kl"] and rows[files[0]]["quantization"] == "int4"
+    assert rows[files[1]]["kl"] > 10 * rows["int4"]["kl"]
+    lines = run(capsys, *line, "--also", *files).out.splitlines()
+    assert sum(line.startswith(f"  {files[0]}  ") for line in lines) == 2
+    assert len({len(line) for line in lines if line.endswith("%")}) == 1  # columns stay columns
 
 
 def test_all_tiers_of_random_weights_are_the_same_weights(
@@ -228,6 +265,8 @@ WRONG = [
     ("model.safetensors --tokens 0", 2, "at least 1"),
     ("model.safetensors --quantize int8", 2, "every tier is measured"),
     ("small.safetensors --text text.txt", 1, "its original file"),
+    ("model.safetensors --also smal.safetensors", 1, "small.safetensors"),
+    ("model.safetensors --text text.txt --also odd.safetensors", 1, "3000 tokens, the model 256"),
     ("odd.safetensors --text text.txt", 1, "--tokenizer"),
 ]
 
@@ -258,6 +297,18 @@ def test_convert_calibrates_on_a_text(folder: Path, capsys: pytest.CaptureFixtur
     assert "--quantize int4" in capsys.readouterr().err
 
 
+def test_convert_names_no_flag_that_it_lacks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wkv.save(model_of(vocab_size=3000), folder / "odd.safetensors")
+    (folder / "empty.txt").touch()
+    line = ["x.safetensors", "--quantize", "int4", "--calibrate"]
+    assert main(["convert", "odd.safetensors", *line, "text.txt"]) == 1
+    told = capsys.readouterr().err
+    assert "tokenizer.json in its folder" in told and "--" not in told
+    assert main(["convert", "model.safetensors", *line, "empty.txt"]) == 1
+    told = capsys.readouterr().err
+    assert "there is no text" in told and "--" not in told
+
+
 SAME = Comparison(n_tokens=1000, n_bytes=1000, loss=1.0, other_loss=1.0, kl=0.0, agreement=1.0)
 
 
@@ -279,5 +330,6 @@ def test_the_verdict_follows_the_loss(
 ) -> None:
     monkeypatch.setattr(report, "decode_seconds", lambda _: 1.0)
     found = dataclasses.replace(SAME, other_loss=other_loss, n_bytes=n_bytes)
-    row = report.measure_tier(tier, model_of(), found)
+    model = model_of() if tier == "float32" else quantize(model_of(), tier)
+    row = report.measure_tier(tier, model, found)
     assert expected in report.verdict(row, untrained=False)

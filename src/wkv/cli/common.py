@@ -212,14 +212,23 @@ def load_model(path: Path, how: ModelFlags) -> tuple[RWKV, Tokenizer | None]:
         return load(path, device=device, dtype=dtype, tokenizer=how.tokenizer, quantize=how.quantize)
 
 
+def no_tokenizer(
+    model: str | Path,
+    vocab_size: int,
+    advice: str = "--tokenizer with world, bytes, or the path of a tokenizer.json",
+) -> TokenizerError:
+    """What to raise where a text is to be read or written, and nothing says how."""
+    return TokenizerError(
+        f"no tokenizer is known for {model}, whose vocabulary has {vocab_size} entries",
+        "the World, Pile or byte vocabulary, or a tokenizer.json beside the model",
+        advice,
+    )
+
+
 def open_model(name: str | None, how: ModelFlags) -> tuple[Path, RWKV, Tokenizer]:
     """Load a model to write with. TokenizerError when no tokenizer is known for it."""
     path = find_model(name)
     model, tokenizer = load_model(path, how)
     if tokenizer is None:
-        raise TokenizerError(
-            f"no tokenizer is known for {path}, whose vocabulary has {model.config.vocab_size} entries",
-            "the World, Pile or byte vocabulary, or a tokenizer.json beside the model",
-            "--tokenizer with world, bytes, or the path of a tokenizer.json",
-        )
+        raise no_tokenizer(path, model.config.vocab_size)
     return path, model, tokenizer

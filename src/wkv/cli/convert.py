@@ -15,6 +15,7 @@ from .common import (
     UsageError,
     find_file,
     human_bytes,
+    no_tokenizer,
     note,
     print_line,
     torch_dtype,
@@ -101,6 +102,8 @@ def _calibrated(path: Path, dtype: torch.dtype, sources: tuple[str, ...]) -> RWK
     from .reading import read_text
 
     model, tokenizer = load(path, dtype=torch.promote_types(dtype, torch.float32))
+    if tokenizer is None:
+        raise no_tokenizer(path, model.config.vocab_size, "the model's tokenizer.json in its folder")
     reading = read_text(sources, tokenizer, model.config.vocab_size, CALIBRATION_ROWS * CALIBRATION_CONTEXT)
     tokens = torch.tensor([token for document in reading.documents for token in document])
     width = min(len(tokens), CALIBRATION_CONTEXT)

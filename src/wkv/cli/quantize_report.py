@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,9 @@ from .common import (
     MODEL_DEFAULTS,
     ModelFlags,
     UsageError,
+    find_file,
     find_model,
+    no_tokenizer,
     print_line,
     torch_dtype,
     use_device,
@@ -26,6 +28,8 @@ from .common import (
 from .reading import Reading, random_tokens, read_text
 
 if TYPE_CHECKING:
+    import torch
+
     from ..config import Config
     from ..evaluation import Comparison
     from ..models import RWKV
@@ -36,6 +40,7 @@ TIERS = ("bfloat16", "int8", "int4")
 ENOUGH = 20_000  # tokens: of fewer, the last digits are chance
 UNSEEN_BITS = 0.002  # per byte: a loss that nobody notices
 TOO_MUCH = 0.01  # of the bits
+SPREAD = 0.05  # of what is added to random weights
 
 
 def quantize_report(
@@ -44,6 +49,7 @@ def quantize_report(
     *,
     text: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     tokens: int = ENOUGH,
+    also: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     as_json: Annotated[bool, Parameter(name="--json")] = False,
     how: ModelFlags = MODEL_DEFAULTS,
 ) -> None:
@@ -58,7 +64,8 @@ def quantize_report(
         wkv quantize-report
         wkv quantize-report model.pth --threads 2
         wkv quantize-report model.pth --text book.txt notes/ --tokens 100000
-        wkv quantize-report rwkv7-0.1b --json
+        wkv quantize-report model.pth --also calibrated.safetensors
+        wkv quantize-report rwkv7-0.1b --tokens 1000 --json
 
     Parameters
     ----------
@@ -70,6 +77,8 @@ def quantize_report(
         library that the model of wkv never saw
     tokens
         read this many; a shorter text is read to its end
+    also
+        a row for each of these files too: the same model as wkv convert has written it
     as_json
         print one JSON object instead
     """
@@ -80,18 +89,25 @@ def quantize_report(
     use_threads(how.threads)
     config = published_size(model)
     path = find_model(model) if config is None else None
+    files = {name: find_file(name, "a checkpoint, .pth or .safetensors") for name in also}
     full, tokenizer = load_tier(FULL, path, config, how)
     if full.quantization is not None:
         raise CheckpointError(
             f"{path} is in {full.quantization} already", "weights in full", "its original file"
         )
+    for file in files.values():
+        check_vocabulary(file, full.config.vocab_size)
+    name = str(path) if path else f"{model} with random weights"
     if config is not None and not text:
         reading = random_tokens(config.vocab_size, tokens)
+    elif tokenizer is None:
+        raise no_tokenizer(name, full.config.vocab_size)
     else:
         reading = read_text(text, tokenizer, full.config.vocab_size, tokens)
-    name = str(path) if path else f"{model} with random weights"
+    others = {tier: partial(load_tier, tier, path, config, how) for tier in TIERS}
+    others |= {name: partial(load_converted, file, how) for name, file in files.items()}
     card = describe(name, full, reading)
-    card["tiers"] = measure_tiers(full, lambda tier: load_tier(tier, path, config, how)[0], reading)
+    card["tiers"] = measure_tiers(full, others, reading)
     for row in card["tiers"]:
         row["verdict"] = verdict(row, untrained=config is not None)
     if as_json:
@@ -109,7 +125,6 @@ def load_tier(
     from .. import tokenizers
     from ..checkpoints import QUANTIZATIONS
     from ..loading import load
-    from ..models import build
     from ..models.quantized import quantize
 
     device = use_device(how.device)
@@ -119,13 +134,50 @@ def load_tier(
         return load(path, device=device, dtype=dtype, tokenizer=how.tokenizer, quantize=bits)
     assert config is not None
     # Drawn in float32 whatever the tier: all tiers then round the same weights.
-    model = build(config, device=device, dtype=torch.float32).to(dtype or torch.float32)
+    model = random_model(config, device).to(dtype or torch.float32)
     if how.tokenizer is None:
         tokenizer = tokenizers.for_checkpoint("", config.vocab_size)
     else:
         tokenizer = tokenizers.named(how.tokenizer)
         tokenizers.check_fits(tokenizer, config.vocab_size)
     return quantize(model, bits) if bits else model, tokenizer
+
+
+def check_vocabulary(path: Path, vocab_size: int) -> None:
+    """From the header, before anything takes minutes. CheckpointError when the vocabulary is another."""
+    from ..checkpoints import open_checkpoint
+
+    with open_checkpoint(path) as checkpoint:
+        found = checkpoint.config.vocab_size
+    if found != vocab_size:
+        raise CheckpointError(
+            f"{path} has {found} tokens, the model {vocab_size}", "the same model", "what wkv convert wrote"
+        )
+
+
+def load_converted(path: Path, how: ModelFlags) -> tuple[RWKV, Tokenizer | None]:
+    """A model as its file has it."""
+    from ..loading import load
+
+    return load(path, device=use_device(how.device), dtype=torch_dtype(how.dtype), tokenizer=how.tokenizer)
+
+
+def random_model(config: Config, device: torch.device | str = "cpu") -> RWKV:
+    """Weights in float32, always the same, of which every one matters to the logits.
+
+    In the official initial ones a block's last matrices are zero: nothing that is done to the others would
+    be seen.
+    """
+    import torch
+
+    from ..models import build
+
+    model = build(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=SPREAD)
+    return model.to(device)
 
 
 def describe(name: str, full: RWKV, reading: Reading) -> dict[str, Any]:
@@ -143,36 +195,40 @@ def describe(name: str, full: RWKV, reading: Reading) -> dict[str, Any]:
     }
 
 
-def measure_tiers(full: RWKV, load: Callable[[str], RWKV], reading: Reading) -> list[dict[str, Any]]:
-    """A row for float32 and each tier. One tier after the other is loaded, and none is kept."""
+def measure_tiers(
+    full: RWKV, others: Mapping[str, Callable[[], tuple[RWKV, object]]], reading: Reading
+) -> list[dict[str, Any]]:
+    """A row for float32 and for each of the others, which are loaded one after the other; none is kept."""
     from ..evaluation import compare
     from .progress import ProgressLine
 
-    line, rows = ProgressLine(), list[dict[str, Any]]()
+    line = ProgressLine()
 
-    def show_read(step: int, n_tokens: int) -> None:
-        share = (step + n_tokens / reading.n_tokens) / len(TIERS)
-        line.show(share, f"{TIERS[step]}: {n_tokens:,} of {reading.n_tokens:,} tokens")
+    def measured(step: int, name: str, load: Callable[[], tuple[RWKV, object]]) -> tuple[Comparison, Any]:
+        """In a function of its own: what it has loaded is gone before the next is."""
+
+        def show_read(n_tokens: int) -> None:
+            share = (step + n_tokens / reading.n_tokens) / len(others)
+            line.show(share, f"{name}: {n_tokens:,} of {reading.n_tokens:,} tokens")
+
+        line.show(step / len(others), f"{name}: loading")
+        other, _ = load()
+        found = compare(
+            full,
+            other,
+            reading.documents,
+            separator=reading.separator,
+            n_bytes=reading.n_bytes,
+            progress=show_read,
+        )
+        return found, measure_tier(name, other, found)
 
     try:
-        for step, tier in enumerate(TIERS):
-            line.show(step / len(TIERS), f"{tier}: loading")
-            other = load(tier)
-            found = compare(
-                full,
-                other,
-                reading.documents,
-                separator=reading.separator,
-                n_bytes=reading.n_bytes,
-                progress=partial(show_read, step),
-            )
-            if not rows:
-                itself = replace(found, other_loss=found.loss, kl=0.0, agreement=1.0)
-                rows.append(measure_tier(FULL, full, itself))
-            rows.append(measure_tier(tier, other, found))
+        found = [measured(step, *each) for step, each in enumerate(others.items())]
     finally:
         line.close()
-    return rows
+    itself = replace(found[0][0], other_loss=found[0][0].loss, kl=0.0, agreement=1.0)
+    return [measure_tier(FULL, full, itself), *(row for _, row in found)]
 
 
 def measure_tier(tier: str, model: RWKV, found: Comparison) -> dict[str, Any]:
@@ -181,6 +237,7 @@ def measure_tier(tier: str, model: RWKV, found: Comparison) -> dict[str, Any]:
         more = found.other_bits_per_byte - found.bits_per_byte
     return {
         "tier": tier,
+        "quantization": model.quantization,
         "rest": None if model.quantization is None else str(model.dtype).removeprefix("torch."),
         "weight_bytes": sum(weight.nbytes for weight in model.state_dict().values()),
         "decode_tokens_per_second": 1 / decode_seconds(model),
@@ -193,24 +250,24 @@ def measure_tier(tier: str, model: RWKV, found: Comparison) -> dict[str, Any]:
     }
 
 
-def verdict(row: dict[str, Any], *, untrained: bool) -> str:
-    """What a row means for somebody who has to choose."""
+def verdict(row: dict[str, Any], *, untrained: bool) -> str | None:
+    """What a row means for somebody who has to choose; None where the weights are random."""
     lost, more = row["more_bits"], row["more_bits_per_byte"]
+    if untrained:
+        return None
     if row["tier"] == FULL:
         return "what the others are measured by"
-    if untrained:
-        return "random weights know nothing that could be lost: size and speed count"
     if not lost <= TOO_MUCH:  # not a number is no small loss either
         return f"not recommended: needs {lost:.1%} more bits"
     if more is not None and more <= UNSEEN_BITS:
         return f"as good as float32, within {UNSEEN_BITS} bits per byte"
-    if row["tier"] == "int4":
+    if row["quantization"] == "int4":
         return f"good: needs {lost:.2%} more bits"
     return f"usable, but needs {lost:.2%} more bits, where {UNSEEN_BITS} bits per byte are expected"
 
 
 def show(card: dict[str, Any]) -> None:
-    form = " and ".join({row["rest"]: "" for row in card["tiers"] if row["rest"]})
+    rows = card["tiers"]
     print_line(
         f"{card['model']}: {card['parameters']:,} parameters, {card['threads']} threads on {card['device']}"
     )
@@ -218,17 +275,26 @@ def show(card: dict[str, Any]) -> None:
     print_line(f"  {card['text']}: {card['tokens']:,} tokens{text}")
     if card["tokens"] < ENOUGH:
         print_line(f"  fewer than {ENOUGH:,} tokens: the last digits are chance")
+    width = max(10, *(len(row["tier"]) + 2 for row in rows))
     print_line("")
     print_line(
-        f"  {'tier':<10}{'MB':>8}{'tokens/s':>10}{'bits/byte':>11}{'more':>9}{'KL, nats':>10}{'top-1':>9}"
+        f"  {'tier':<{width}}{'MB':>8}{'tokens/s':>10}"
+        f"{'bits/byte':>11}{'more':>9}{'KL, nats':>10}{'top-1':>9}"
     )
-    for row in card["tiers"]:
+    for row in rows:
         bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
         print_line(
-            f"  {row['tier']:<10}{row['weight_bytes'] / 1e6:>8.1f}{row['decode_tokens_per_second']:>10.1f}"
-            f"{bits:>11}{row['more_bits']:>+9.2%}{row['kl']:>10.5f}{row['top1_agreement']:>9.2%}"
+            f"  {row['tier']:<{width}}{row['weight_bytes'] / 1e6:>8.1f}"
+            f"{row['decode_tokens_per_second']:>10.1f}{bits:>11}{row['more_bits']:>+9.2%}"
+            f"{row['kl']:>10.5f}{row['top1_agreement']:>9.2%}"
         )
     print_line("")
-    for row in card["tiers"]:
-        print_line(f"  {row['tier']:<10}{row['verdict']}")
-    print_line(f"  what int8 and int4 leave as it is (embedding, norms, low-rank paths) is {form}")
+    for row in rows:
+        if row["verdict"] is not None:
+            print_line(f"  {row['tier']:<{width}}{row['verdict']}")
+    if rows[0]["verdict"] is None:
+        print_line(
+            "  random weights: bits mean nothing; KL and top-1 tell what rounding changes, and how much"
+        )
+    form = " and ".join({row["rest"]: "" for row in rows if row["rest"]})
+    print_line(f"  what 8 and 4 bits leave as it is (embedding, norms, low-rank paths) is {form}")

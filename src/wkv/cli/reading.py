@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, TokenizerError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from ..tokenizers import Tokenizer
@@ -34,23 +34,15 @@ def random_tokens(vocab_size: int, n_tokens: int) -> Reading:
     return Reading("random tokens, which are no text and have no bits per byte", [drawn.tolist()])
 
 
-def read_text(
-    sources: tuple[str, ...], tokenizer: Tokenizer | None, vocab_size: int, n_tokens: int
-) -> Reading:
+def read_text(sources: tuple[str, ...], tokenizer: Tokenizer, vocab_size: int, n_tokens: int) -> Reading:
     """The first tokens of these sources, or of the files that the model of wkv never saw.
 
-    TokenizerError where there is none, InputError where there is no text.
+    InputError where there is no text.
     """
     from ..pretrained import held_out_files
     from ..training.data import Skipped, read, standard_library
     from ..training.data.sources import Encoded
 
-    if tokenizer is None:
-        raise TokenizerError(
-            f"no tokenizer is known for a vocabulary of {vocab_size} entries",
-            "the World, Pile or byte vocabulary, or a tokenizer.json beside the model",
-            "--tokenizer with world, bytes, or the path of a tokenizer.json",
-        )
     separator, skipped = tokenizer.end_of_text or 0, Skipped()
     texts: Iterable[str | list[int]]
     if sources:
@@ -73,5 +65,5 @@ def read_text(
             break
     if not n_bytes:
         reasons = f" (left out: {', '.join(skipped.counts)})" if skipped.counts else ""
-        raise InputError(f"{description}: there is no text{reasons}", "text to read", "--text FILE")
+        raise InputError(f"{description}: there is no text{reasons}", "text to read", "another file")
     return Reading(description, documents, separator, n_bytes)
