@@ -43,6 +43,8 @@ import numpy as np
 from cpu_engines import COMPARED_TOKENS, MODELS
 from numpy.typing import NDArray
 
+from wkv.checkpoints import atomic_write
+
 HERE = Path(__file__).resolve().parent
 LLAMA_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
 MODELS_BY_DEFAULT = ["v7-191M", "v7-0.4B", "v4-169M"]
@@ -501,13 +503,17 @@ def listed(text: str) -> list[str]:
     return text.split(",")
 
 
+def counts(text: str) -> list[int]:
+    return [int(count) for count in listed(text)]
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", type=listed, default=MODELS_BY_DEFAULT, help=f"of {', '.join(MODELS)}")
     parser.add_argument("--formats", type=listed, default=list(PEERS), help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--threads", type=listed, default=["1", "2"])
+    parser.add_argument("--threads", type=counts, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each figure in each round")
     parser.add_argument("--markdown", type=Path, help="write the report there too")
@@ -521,13 +527,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    plan = Plan(
-        given.formats,
-        [int(t) for t in given.threads],
-        given.rounds,
-        given.seconds,
-        installed(given.llama_python),
-    )
+    plan = Plan(given.formats, given.threads, given.rounds, given.seconds, installed(given.llama_python))
     missing = [
         f"Without {name}, which is not installed: `{how}`."
         for name, how in INSTALL.items()
@@ -546,7 +546,8 @@ def main() -> None:
     text = report(records, cosines, versions, missing)
     print(text)
     if given.markdown is not None:
-        given.markdown.write_text(text)
+        with atomic_write(given.markdown) as file:
+            file.write(text.encode())
 
 
 if __name__ == "__main__":

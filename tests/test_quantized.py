@@ -16,7 +16,7 @@ import wkv
 from wkv.checkpoints import write_safetensors
 from wkv.cli import main
 from wkv.config import Config, RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
-from wkv.errors import CheckpointError, ConfigError, Error, UnsafeFileError
+from wkv.errors import CheckpointError, ConfigError, Error, InputError, UnsafeFileError
 from wkv.models import RWKV, build
 from wkv.models.layers import Linear
 from wkv.models.quantized import QuantizedLinear, quantize
@@ -148,6 +148,17 @@ def test_8_bits_are_not_calibrated() -> None:
     with pytest.raises(ConfigError, match="int4"):
         quantize(model, "int8", random_tokens(model, 1, 9))
     assert model.quantization is None
+
+
+def test_a_calibration_that_cannot_be_read_is_refused() -> None:
+    model = small_model("7", dtype=torch.float32)
+    for wrong in (torch.zeros(0, 5, dtype=torch.int64), torch.tensor([[model.config.vocab_size]])):
+        with pytest.raises(InputError, match="token"):
+            quantize(model, "int4", wrong)
+    with torch.no_grad():
+        model.blocks[1].ln1.bias[3] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        quantize(model, "int4", random_tokens(model, 2, 9))
 
 
 @needs_engine

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints import QUANTIZATIONS
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from ..ops import native
 from .base import RWKV, Block
 from .layers import Linear
@@ -35,16 +34,8 @@ _LARGEST = 127
 _ROWS = 1024  # of a matrix, rounded at a time; whole groups, where outputs share bytes
 _ROWS_OF_TEXT = 8  # read at a time
 _DAMPING = 0.1
-_REACHES = (
-    7.0,
-    7.5,
-    8.0,
-    8.5,
-    9.0,
-    9.5,
-    10.0,
-    10.5,
-)  # what W's largest may be, in scales, before -8 cuts it off
+# What W's largest may be, in scales, before -8 cuts it off.
+_REACHES = (7.0, 7.5, 8.0, 8.5, 9.0, 9.5, 10.0, 10.5)
 
 
 class QuantizedLinear(nn.Module):
@@ -130,7 +121,8 @@ def quantize(model: RWKV, tier: str, calibration: Tensor | None = None) -> RWKV:
                  on what they meet there, block after block, each behind the rounded ones before it
 
     On the meta device it makes the shell for a quantised file. ConfigError for a tier other than "int8" and
-    "int4", for a calibration of "int8", and for a model that is quantised already.
+    "int4", for a calibration of "int8", and for a model that is quantised already; InputError for a
+    calibration that is no tokens of this model, or on which its activations are not finite.
     """
     if tier not in QUANTIZATIONS:
         raise ConfigError(f"there is no tier {tier!r}", f"one of {', '.join(QUANTIZATIONS)}")
@@ -143,6 +135,7 @@ def quantize(model: RWKV, tier: str, calibration: Tensor | None = None) -> RWKV:
     elif tier != "int4":
         raise ConfigError(f"a calibration text changes nothing in {tier}", "int4", "no calibration")
     else:
+        model._check_tokens(calibration, None, None)
         _calibrate(model, calibration)
         _replace(model, tier)  # the head
     model.quantization = tier
@@ -168,7 +161,7 @@ def _calibrate(model: RWKV, tokens: Tensor) -> None:
     rows: list[tuple[Tensor, Tensor | None]] = [
         (model.emb(some), None) for some in tokens.to(model.device).split(_ROWS_OF_TEXT)
     ]
-    for block in cast("list[Block]", list(model.blocks)):
+    for block in model._blocks():
         _replace(block, "int4", _moments(block, rows))
         rows = [block(x, v_first)[:2] for x, v_first in rows]
 
@@ -230,9 +223,8 @@ def _in_4_bits(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor
     importance  (GROUP,) a factor for each square
     """
     largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    largest = torch.where(
-        largest.abs() < 1e-36, 0, largest
-    )  # as good as nothing, and out of bfloat16's reach
+    # Less is as good as nothing, and out of bfloat16's reach.
+    largest = torch.where(largest.abs() < 1e-36, 0, largest)
     shares = torch.where(largest == 0, 0, groups / largest)  # at most 1, so that no square is out of reach
     least = torch.full_like(largest, torch.inf)
     numbers, scales = torch.zeros_like(groups), torch.zeros_like(largest, dtype=torch.bfloat16)
@@ -254,6 +246,10 @@ def _factor(moments: Tensor) -> Tensor:
     A tenth of their mean is added to the diagonal: the text is a sample, and an input that is zero all over
     it would have no inverse.
     """
+    if not moments.isfinite().all():
+        raise InputError(
+            "the activations on the calibration text are not finite", "finite ones", "int4 without a text"
+        )
     damped = moments.double()
     damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp_min(1e-30))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
