@@ -17,7 +17,8 @@ from wkv.checkpoints import write_safetensors
 from wkv.cli import main
 from wkv.config import Config, RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
 from wkv.errors import CheckpointError, ConfigError, Error, InputError, UnsafeFileError
-from wkv.models import RWKV, build
+from wkv.models import RWKV, build, quantized
+from wkv.models.base import Block
 from wkv.models.layers import Linear
 from wkv.models.quantized import QuantizedLinear, quantize
 from wkv.ops import native, use_backend
@@ -141,6 +142,28 @@ def test_a_calibrated_model_is_nearer_to_the_exact_one_and_its_file_is_like_any_
     wkv.save(model, tmp_path / "small.safetensors")
     loaded, _ = wkv.load(tmp_path / "small.safetensors")
     assert torch.equal(loaded(text)[0], model(text)[0])
+
+
+def test_every_block_is_calibrated_on_what_the_rounded_ones_before_it_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = small_model("7", dtype=torch.float32)
+    text, read, found = random_tokens(model, 6, 20), list[Tensor](), list[Tensor]()
+    honest = quantized._moments
+
+    def watched(block: Block, rows: list[tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+        read.append(rows[0][0])
+        return honest(block, rows)
+
+    monkeypatch.setattr(quantized, "_moments", watched)
+    quantize(model, "int4", text)
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    with torch.no_grad():
+        model(text)
+    assert len(read) == len(found) == model.config.n_layer
+    for x, expected in zip(read, found, strict=True):
+        torch.testing.assert_close(x, expected)
 
 
 def test_8_bits_are_not_calibrated() -> None:

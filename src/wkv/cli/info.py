@@ -150,10 +150,8 @@ def _print_backends(facts: dict[str, Any]) -> None:
     if engine["refuses"]:
         print_line(f"the compiled engine does not run: {engine['refuses']}")
     else:
-        micros, whose = (
-            engine["handover_seconds"] * 1e6,
-            "torch's" if engine["shares_torch_threads"] else "own",
-        )
+        micros = engine["handover_seconds"] * 1e6
+        whose = "torch's" if engine["shares_torch_threads"] else "own"
         print_line(
             f"the compiled engine: {engine['runs']}, {engine['threads']} threads ({whose}), "
             f"{micros:.1f} us to hand them a job"
