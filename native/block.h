@@ -288,7 +288,7 @@ inline void read_head(const Block& block, const BlockIO& io, int head, float* r,
   const int A = block.attention, N = block.head_size, channel = head * N;
   const int64_t head_size = int64_t{N} * N, memory_size = block.n_head * head_size;
   const auto parameter = [&](const Array& array, int i, auto count) {
-    return att.is_per_head ? f8{} + load(array, head, 1)[0] : load(array, channel + i, count);
+    return att.is_per_head ? splat(load(array, head, 1)[0]) : load(array, channel + i, count);
   };
   float u[kLargestHead], w[kLargestHead], y[kLargestHead];
   for_eights(0, N, [&](int i, auto count) {

@@ -2,7 +2,7 @@
 // how many rows share the call nor on who computes it: so a row's result is the same, bit for bit, alone and in
 // company. Included once per instruction set, inside that set's namespace.
 //
-//     by output   eight sums, of the inputs k = 0, 8, 16, ..., of k = 1, 9, ..., and so on, added at the end
+//     by output   sixteen sums, of the inputs k = 0, 16, 32, ..., of k = 1, 17, ..., and so on, added at the end
 //     by input    one sum, in the order of the inputs
 
 constexpr int kGrain = 16;     // outputs that stay with one thread
@@ -29,15 +29,14 @@ inline void with_format(const Array& array, Use&& use) {
 
 // --- by output ----------------------------------------------------------------------------------------------
 
-constexpr int kDeep = 1024;     // inputs that are multiplied before the sums are put aside
-constexpr int kOutputs = 24;    // outputs whose weights stay in the second-level cache
-constexpr int kRowsDeep = 48;   // rows of x that stay there too
-constexpr int kPrefetch = 1024; // bytes between what a single row multiplies and what is asked for
+constexpr int kChains = 2;      // vectors of sums: with one, each addition would wait for the one before
+constexpr int kPrefetch = 1024;  // bytes between what a single row multiplies and what is asked for
+constexpr int kMaxRowsOfDot = 11;  // so many rows are multiplied without packing the weights
 
-// sums (R, O) += x (R, inputs) w (O, inputs)^T, eight sums each
+// sums (R, O) += x (R, inputs) w (O, inputs)^T, sixteen sums each
 template <int R, int O, bool kPrefetches, class T>
-inline void dot(const float* x, int64_t ldx, const T* w, int64_t ldw, int inputs, f8 (&sums)[R][O]) {
-  for_eights(0, inputs, [&](int k, auto count) {
+inline void dot(const float* x, int64_t ldx, const T* w, int64_t ldw, int inputs, f8 (&sums)[R][O][kChains]) {
+  const auto add = [&](int k, int chain, auto count) {
     f8 weights[O];
     for (int o = 0; o < O; ++o) {
       const T* from = w + o * ldw + k;
@@ -48,78 +47,179 @@ inline void dot(const float* x, int64_t ldx, const T* w, int64_t ldw, int inputs
     for (int r = 0; r < R; ++r) {
       f8 input = load(x + r * ldx + k, count);
       if constexpr (O > 1) keep_in_register(input);
-      for (int o = 0; o < O; ++o) sums[r][o] = multiply_add(weights[o], input, sums[r][o]);
+      for (int o = 0; o < O; ++o) sums[r][o][chain] = multiply_add(weights[o], input, sums[r][o][chain]);
     }
-  });
+  };
+  int k = 0;
+  for (; k + kChains * kLanes <= inputs; k += kChains * kLanes) {
+    for (int chain = 0; chain < kChains; ++chain) add(k + chain * kLanes, chain, Eight{});
+  }
+  if (k + kLanes <= inputs) {
+    add(k, 0, Eight{});
+    if (k + kLanes < inputs) add(k + kLanes, 1, inputs - k - kLanes);
+  } else if (k < inputs) {
+    add(k, 0, inputs - k);
+  }
 }
+
+inline float sum(const f8 (&chains)[kChains]) { return sum(chains[0] + chains[1]); }
 
 // One output after the other: a single stream through the memory is what it reads fastest.
 template <class T>
 void dot_row(const T* w, int inputs, const float* x, float* y, Range outputs) {
   for (int o = outputs.begin; o < outputs.end; ++o) {
-    f8 sums[1][1] = {};
+    f8 sums[1][1][kChains] = {};
     dot<1, 1, true>(x, 0, w + int64_t{o} * inputs, inputs, inputs, sums);
     y[o] = sum(sums[0][0]);
   }
 }
 
-// A tile of dot_rows: the sums begin and end in `aside` (R, O), or begin with zero and end in y, where it is the
-// first or the last part of the inputs.
-template <int R, int O>
-void dot_tile(const float* x, int64_t ldx, const float* w, int64_t ldw, int inputs, float* aside, bool is_first,
-              bool is_last, float* y, int64_t ldy) {
-  f8 sums[R][O] = {};
-  for (int i = 0; i < R * O && !is_first; ++i) sums[i / O][i % O] = load(aside + i * kLanes);
-  dot<R, O, false>(x, ldx, w, ldw, inputs, sums);
-  for (int i = 0; i < R * O; ++i) {
-    if (is_last) {
-      y[i / O * ldy + i % O] = sum(sums[i / O][i % O]);
-    } else {
-      store(aside + i * kLanes, sums[i / O][i % O]);
+template <int R, int O, class T>
+void dot_tile(const T* w, int inputs, const float* x, float* y, int64_t ldy) {
+  f8 sums[R][O][kChains] = {};
+  dot<R, O, true>(x, inputs, w, inputs, inputs, sums);
+  for (int i = 0; i < R * O; ++i) y[i / O * ldy + i % O] = sum(sums[i / O][i % O]);
+}
+
+template <class T>
+void dot_rows(const T* w, int inputs, const float* x, int rows, float* y, int64_t ldy, Range outputs) {
+  constexpr int R = 3, O = 2;
+  constexpr void (*tiles[R][O])(const T*, int, const float*, float*, int64_t) = {
+      {dot_tile<1, 1>, dot_tile<1, 2>}, {dot_tile<2, 1>, dot_tile<2, 2>}, {dot_tile<3, 1>, dot_tile<3, 2>}};
+  for (int o = outputs.begin; o < outputs.end; o += O) {
+    for (int row = 0; row < rows; row += R) {
+      tiles[std::min(R, rows - row) - 1][std::min(O, outputs.end - o) - 1](
+          w + int64_t{o} * inputs, inputs, x + int64_t{row} * inputs, y + row * ldy + o, ldy);
     }
   }
 }
 
-constexpr int kTileRows = 6, kTileOutputs = 2;
-using DotTile = void (*)(const float*, int64_t, const float*, int64_t, int, float*, bool, bool, float*, int64_t);
-constexpr DotTile kDotTiles[kTileRows][kTileOutputs] = {
-    {dot_tile<1, 1>, dot_tile<1, 2>}, {dot_tile<2, 1>, dot_tile<2, 2>}, {dot_tile<3, 1>, dot_tile<3, 2>},
-    {dot_tile<4, 1>, dot_tile<4, 2>}, {dot_tile<5, 1>, dot_tile<5, 2>}, {dot_tile<6, 1>, dot_tile<6, 2>},
-};
-constexpr size_t kDotFloats = size_t{kOutputs} * kDeep + size_t{kRowsDeep} * kOutputs * kLanes;
+// --- by output: many rows ------------------------------------------------------------------------------------
+
+// Inputs are packed sum by sum, those of k = 0, 16, 32, ... first, and the sums in the order 0, 8, 4, 12, 2, 10, ...: bits
+// reversed, so that what is added in the end lies side by side: neighbours, then neighbouring pairs, and so on.
+constexpr int kSumsOfOutput = kChains * kLanes;
+constexpr int kPlaces[kSumsOfOutput] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+constexpr int kPackedRows = 96;            // of x at a time, fewer where they are long
+constexpr int kPackedNumbers = 3 << 15;    // of x at a time
+
+// Inputs of a sum, rounded up to eights.
+inline int terms(int inputs) { return (inputs + kSumsOfOutput * kLanes - 1) / (kSumsOfOutput * kLanes) * kLanes; }
+inline int64_t packed_row(int inputs) { return kSumsOfOutput * terms(inputs) + 16; }  // rows do not share cache sets
+
+inline int packed_rows(int inputs) {
+  return std::clamp<int>(kPackedNumbers / packed_row(inputs) / kRows * kRows, 2 * kRows, kPackedRows);
+}
+
+inline size_t packed_floats(int inputs) { return packed_row(inputs) * (packed_rows(inputs) + kPanel); }
+
+// 8 x 8 numbers of 32 bits.
+template <class V>
+inline void transpose(V (&x)[kLanes]) {
+  V a[kLanes], b[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    a[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    a[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < kLanes; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = __builtin_shufflevector(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[i + 2 * j + 1] = __builtin_shufflevector(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    x[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// Eight of n numbers from i on; zeros where there are none.
+template <class T>
+inline f8 load_within(const T* p, int i, int n) {
+  return i + kLanes <= n ? load(p + i) : load(p + std::min(i, n), std::max(n - i, 0));
+}
+
+inline void pack_row(const float* x, int inputs, float* to) {
+  const int n = terms(inputs);
+  for (int term = 0; term < n; term += kLanes) {
+    for (int chain = 0; chain < kChains; ++chain) {
+      f8 some[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        some[i] = load_within(x, (term + i) * kSumsOfOutput + chain * kLanes, inputs);
+      }
+      transpose(some);
+      for (int i = 0; i < kLanes; ++i) store(to + kPlaces[chain * kLanes + i] * n + term, some[i]);
+    }
+  }
+}
+
+// `count` outputs, and zeros, as (inputs in their order, 16).
+template <class T>
+void pack_panel(const T* w, int inputs, int count, float* to) {
+  const int n = terms(inputs);
+  for (int k = 0; k < n * kSumsOfOutput; k += kLanes) {
+    for (int left = 0; left < kPanel; left += kLanes) {
+      f8 some[kLanes] = {};
+      for (int o = 0; o < kLanes && left + o < count; ++o) some[o] = load_within(w + int64_t{left + o} * inputs, k, inputs);
+      transpose(some);
+      for (int i = 0; i < kLanes; ++i) {
+        const int place = kPlaces[(k + i) % kSumsOfOutput] * n + k / kSumsOfOutput;
+        store(to + place * kPanel + left, some[i]);
+      }
+    }
+  }
+}
+
+template <int R>
+void packed_tile(const float* x, int64_t ldx, const float* panel, int n, float* y, int64_t ldy, int count) {
+  f8 waiting[4][R][2];  // of pairs, fours, ...: the first, which waits for the second
+  for (int i = 0; i < kSumsOfOutput; ++i, x += n, panel += n * kPanel) {
+    f8 sums[R][2] = {};
+    for (int term = 0; term < n; ++term) {
+      const f8 left = load(panel + term * kPanel), right = load(panel + term * kPanel + kLanes);
+      for (int r = 0; r < R; ++r) {
+        const float times = x[r * ldx + term];
+        sums[r][0] = multiply_add(left, times, sums[r][0]);
+        sums[r][1] = multiply_add(right, times, sums[r][1]);
+      }
+    }
+    int level = 0;
+    for (; i >> level & 1; ++level) {
+      for (int r = 0; r < R; ++r) sums[r][0] += waiting[level][r][0], sums[r][1] += waiting[level][r][1];
+    }
+    if (level < 4) {
+      for (int r = 0; r < R; ++r) waiting[level][r][0] = sums[r][0], waiting[level][r][1] = sums[r][1];
+      continue;
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < 2; ++v) {
+        const int some = count - v * kLanes;
+        if (some >= kLanes) {
+          store(y + r * ldy + v * kLanes, sums[r][v]);
+        } else if (some > 0) {
+          store(y + r * ldy + v * kLanes, sums[r][v], some);
+        }
+      }
+    }
+  }
+}
 
 template <class T>
-void dot_rows(const T* w, int inputs, const float* x, int rows, float* y, int64_t ldy, Range outputs, float* scratch) {
-  float* wide = scratch;  // the weights at hand as float32
-  float* aside = scratch + size_t{kOutputs} * kDeep;
-  for (int row_block = 0; row_block < rows; row_block += kRowsDeep) {
-    const int row_end = std::min(rows, row_block + kRowsDeep);
-    for (int begin = outputs.begin; begin < outputs.end; begin += kOutputs) {
-      const int n = std::min(kOutputs, outputs.end - begin);
-      for (int first = 0; first < inputs; first += kDeep) {
-        const int depth = std::min(kDeep, inputs - first);
-        const T* from = w + int64_t{begin} * inputs + first;
-        const float* near = wide;
-        int64_t ldw = kDeep;
-        if constexpr (std::is_same_v<T, float>) {
-          near = from, ldw = inputs;
-        } else {
-          for (int o = 0; o < n; ++o) {
-            for_eights(0, depth, [&](int k, auto some) {
-              store(wide + o * kDeep + k, load(from + int64_t{o} * inputs + k, some), some);
-            });
-          }
-        }
-        float* put = aside;
-        for (int row = row_block; row < row_end; row += kTileRows) {
-          const int R = std::min(kTileRows, row_end - row);
-          for (int o = 0; o < n; o += kTileOutputs) {
-            const int O = std::min(kTileOutputs, n - o);
-            kDotTiles[R - 1][O - 1](x + int64_t{row} * inputs + first, inputs, near + o * ldw, ldw, depth, put,
-                                    first == 0, first + depth == inputs, y + row * ldy + begin + o, ldy);
-            put += R * O * kLanes;
-          }
-        }
+void packed_rows(const T* w, int inputs, const float* x, int rows, float* y, int64_t ldy, Range outputs, float* scratch) {
+  constexpr void (*tiles[])(const float*, int64_t, const float*, int, float*, int64_t, int) = {
+      packed_tile<1>, packed_tile<2>, packed_tile<3>, packed_tile<4>, packed_tile<5>, packed_tile<6>};
+  const int at_once = packed_rows(inputs), n = terms(inputs);
+  const int64_t ldx = packed_row(inputs);
+  float* panel = scratch + at_once * ldx;
+  for (int first = 0; first < rows; first += at_once) {
+    const int some = std::min(at_once, rows - first);
+    for (int row = 0; row < some; ++row) pack_row(x + int64_t{first + row} * inputs, inputs, scratch + row * ldx);
+    for (int begin = outputs.begin; begin < outputs.end; begin += kPanel) {
+      const int count = std::min(kPanel, outputs.end - begin);
+      pack_panel(w + int64_t{begin} * inputs, inputs, count, panel);
+      for (int row = 0; row < some; row += kRows) {
+        tiles[std::min(kRows, some - row) - 1](scratch + row * ldx, ldx, panel, n,
+                                               y + (first + row) * ldy + begin, ldy, count);
       }
     }
   }
@@ -139,7 +239,7 @@ void add_inputs(const T* w, int64_t stride, const float* x, const int* ks, int c
     for (int u = 0; u < kTogether; ++u) {
       const int k = ks ? ks[j + u] : j + u;
       const int next = std::min(j + u + kTogether, count - 1);
-      from[u] = w + k * stride, times[u] = f8{} + x[k];
+      from[u] = w + k * stride, times[u] = splat(x[k]);
       soon[u] = w + (ks ? ks[next] : next) * stride;
     }
     int i = 0;

@@ -5,7 +5,7 @@ inline int grain(const Matrix& W) { return W.scales ? kGroup : kGrain; }
 
 // What a thread needs to multiply by matrices of up to so many inputs and outputs, in floats.
 inline int64_t thread_floats(int inputs, int outputs) {
-  return static_cast<int64_t>(std::max({kPackedFloats, kDotFloats, quantized_floats(inputs, outputs)}) + 15) / 16 * 16;
+  return static_cast<int64_t>(std::max({kPackedFloats, packed_floats(inputs), quantized_floats(inputs, outputs)}) + 15) / 16 * 16;
 }
 
 // These outputs of y (rows, W.outputs) = x (rows, W.inputs) W; `scratch` holds thread_floats. ks: of a matrix by
@@ -18,8 +18,10 @@ inline void multiply(const Matrix& W, const float* x, int rows, float* y, Range 
   with_format(W.weights, [&](auto* w) {
     if (!W.by_input && rows == 1) {
       dot_row(w, W.inputs, x, y, outputs);
+    } else if (!W.by_input && rows <= kMaxRowsOfDot) {
+      dot_rows(w, W.inputs, x, rows, y, W.outputs, outputs);
     } else if (!W.by_input) {
-      dot_rows(w, W.inputs, x, rows, y, W.outputs, outputs, scratch);
+      packed_rows(w, W.inputs, x, rows, y, W.outputs, outputs, scratch);
     } else if (rows == 1) {
       multiply_row(w, W.outputs, x, ks, ks ? count : W.inputs, y, outputs);
     } else {

@@ -140,7 +140,7 @@ inline float round_group(const float* x, int n, int8_t* to) {
   for (int i = 0; i < kLanes; ++i) most = std::max(most, largest[i]);
   if (most == 0) return 0;
   const float times = kSteps / most;
-  const f8 magic = f8{} + 0x1.8p23f;  // adding it rounds to an integer
+  const f8 magic = splat(0x1.8p23f);  // adding it rounds to an integer
   for_eights(0, n, [&](int i, auto count) {
     const i8 whole = __builtin_convertvector((load(x + i, count) * times + magic) - magic, i8);
 #if defined(__AVX2__)
@@ -236,24 +236,6 @@ struct QuantizedPanel {
   int16_t* pairs;
   float* scales;
 };
-
-inline void transpose(i8 (&x)[kLanes]) {
-  i8 a[kLanes], b[kLanes];
-  for (int i = 0; i < kLanes; i += 2) {
-    a[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    a[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < kLanes; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      b[i + 2 * j] = __builtin_shufflevector(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      b[i + 2 * j + 1] = __builtin_shufflevector(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    x[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    x[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-}
 
 // Sixteen bytes of the group as words, from `begin` on.
 template <class Bits>

@@ -79,6 +79,9 @@ inline void store1(Half* p, float x) {
 #endif
 }
 
+// x in every lane. (f8{} + x is an addition, since x may be -0.)
+inline f8 splat(float x) { return f8{x, x, x, x, x, x, x, x}; }
+
 // a b + c, rounded once where the processor can, and the same wherever it is written: whether the compiler joins
 // a product and a sum depends on the code around them.
 inline f8 multiply_add(f8 a, f8 b, f8 c) {
@@ -89,7 +92,7 @@ inline f8 multiply_add(f8 a, f8 b, f8 c) {
 #endif
 }
 
-inline f8 multiply_add(f8 a, float b, f8 c) { return multiply_add(a, f8{} + b, c); }
+inline f8 multiply_add(f8 a, float b, f8 c) { return multiply_add(a, splat(b), c); }
 
 inline void keep_in_register(f8& x) {
 #if defined(__AVX2__)
@@ -122,8 +125,8 @@ inline f8 sums(const f8 (&x)[kLanes]) {
 
 // e^x to 1.5 units in the last place; 0 below -87.3, e^88.7 above 88.7.
 inline f8 exp(f8 x) {
-  const f8 clamped = min(max(x, f8{} - 87.3f), f8{} + 88.7f);
-  const f8 magic = f8{} + 0x1.8p23f;  // adding it rounds to an integer
+  const f8 clamped = min(max(x, splat(-87.3f)), splat(88.7f));
+  const f8 magic = splat(0x1.8p23f);  // adding it rounds to an integer
   const f8 n = (clamped * 1.44269504088896341f + magic) - magic;
   const f8 r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
   f8 p = r * 1.9875691500e-4f + 1.3981999507e-3f;

@@ -11,8 +11,8 @@ struct Shares {
     const f8 difference = p - p_fresh;
     const i8 keeps = difference >= 0.0f;
     const f8 less = exp(keeps ? -difference : difference);
-    old = keeps ? f8{} + 1.0f : less;
-    fresh = keeps ? less : f8{} + 1.0f;
+    old = keeps ? splat(1.0f) : less;
+    fresh = keeps ? less : splat(1.0f);
   }
 };
 
