@@ -35,31 +35,6 @@ inline f8 rounded(f8 x, Format format, Count count) {
   }
 }
 
-// The sum of term(i, count) over 0 .. n, the same whoever asks.
-template <class Term>
-inline float total(int n, Term&& term) {
-  f8 sums{};
-  for_eights(0, n, [&](int i, auto count) {
-    f8 x = term(i, count);
-    for (int j = count; j < kLanes; ++j) x[j] = 0;
-    sums += x;
-  });
-  return sum(sums);
-}
-
-struct Moments {
-  float mean, scale;
-};
-
-inline Moments moments(const float* x, int n, float eps, bool has_mean) {
-  const float mean = has_mean ? total(n, [&](int i, auto count) { return load(x + i, count); }) / n : 0;
-  const float square = total(n, [&](int i, auto count) {
-    const f8 away = load(x + i, count) - mean;
-    return away * away;
-  });
-  return {mean, 1 / std::sqrt(square / n + eps)};
-}
-
 template <class Count>
 inline f8 normalized(const Norm& norm, Moments m, const float* x, int i, Count count) {
   const f8 y = (load(x + i, count) - m.mean) * m.scale * load(norm.weight, i, count);

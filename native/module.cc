@@ -349,7 +349,7 @@ void wkv4(const std::string& name, Sizes sizes, Address lengths, const std::vect
 
 void wkv6(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
           const std::vector<Address>& outputs, bool backward, bool constant_decay, int threads) {
-  operate(name, sizes, lengths, inputs, outputs, threads, &Operators::heads_scratch,
+  operate(name, sizes, lengths, inputs, outputs, threads, &Operators::wkv6_scratch,
           [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
     const Wkv6 arrays{in(0), in(1), in(2), in(3), in(4), in(5), constant_decay};
     if (!backward) return chosen.wkv6(tokens, arrays, out(0), out(1), free, threads);
@@ -359,12 +359,24 @@ void wkv6(const std::string& name, Sizes sizes, Address lengths, const std::vect
 
 void wkv7(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
           const std::vector<Address>& outputs, bool backward, int threads) {
-  operate(name, sizes, lengths, inputs, outputs, threads, &Operators::heads_scratch,
+  operate(name, sizes, lengths, inputs, outputs, threads, &Operators::wkv7_scratch,
           [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
     const Wkv7 arrays{in(0), in(1), in(2), in(3), in(4), in(5), in(6)};
     if (!backward) return chosen.wkv7(tokens, arrays, out(0), out(1), free, threads);
     const Wkv7Gradients gradients{out(0), out(1), out(2), out(3), out(4), out(5), out(6)};
     chosen.wkv7_backward(tokens, arrays, in(7), in(8), gradients, free, threads);
+  });
+}
+
+void time_mix7(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
+               const std::vector<Address>& outputs, bool backward, float eps, int threads) {
+  operate(name, sizes, lengths, inputs, outputs, threads, &Operators::time_mix7_scratch,
+          [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
+    const TimeMix7Inputs arrays{in(0), in(1),  in(2),  in(3),  in(4),  in(5),  in(6),  in(7),  in(8),
+                                in(9), in(10), in(11), in(12), in(13), in(14), in(15), in(16), eps};
+    if (!backward) return chosen.time_mix7(tokens, arrays, out(0), out(1), free, threads);
+    const TimeMix7Gradients gradients{out(0), out(1), out(2), out(3), out(4), out(5), out(6), out(7), out(8), out(9)};
+    chosen.time_mix7_backward(tokens, arrays, in(17), in(18), gradients, free, threads);
   });
 }
 
@@ -380,6 +392,7 @@ NB_MODULE(_native, m) {
   m.def("wkv4", &wkv4);
   m.def("wkv6", &wkv6);
   m.def("wkv7", &wkv7);
+  m.def("time_mix7", &time_mix7);
   m.def("handover", &handover);
   m.def("borrows", &Pool::borrows);
   nb::class_<CompiledModel>(m, "Model")

@@ -43,14 +43,17 @@ class Tasks {
 
 #include "wkv4.h"
 #include "wkv67.h"
+#include "time_mix7.h"
 
 size_t wkv4_scratch(const Tokens& tokens, int threads) { return threads * (wkv4_floats(tokens) + 16); }
-size_t heads_scratch(const Tokens& tokens, int threads) { return threads * (heads_floats(tokens) + 16); }
 
 }  // namespace
 
 extern const Operators operators;
-const Operators operators = {wkv4_scratch, heads_scratch, wkv4,          wkv4_backward,
-                             wkv6,         wkv6_backward, wkv7,          wkv7_backward};
+const Operators operators = {
+    wkv4_scratch,  heads_scratch<Ends6>, heads_scratch<Ends7>, heads_scratch<TimeMix7Ends>,
+    wkv4,          wkv4_backward,        wkv6,                 wkv6_backward,
+    wkv7,          wkv7_backward,        time_mix7,            time_mix7_backward,
+};
 
 }  // namespace wkv::WKV_ISA

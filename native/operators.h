@@ -40,9 +40,23 @@ struct Wkv7Gradients {
   float *r, *log_w, *k, *v, *kappa, *a, *state;
 };
 
+// K = V. Layer 0 has no first, s and v0: null.
+struct TimeMix7Inputs {
+  const float *r, *w, *k, *v, *a, *g, *first, *s, *state;
+  const float *w0, *a0, *v0, *k_k, *k_a, *r_k, *weight, *bias;
+  float eps;
+};
+struct TimeMix7Gradients {
+  float *r, *w, *k, *v, *a, *g, *first, *s, *state;
+  float* parameters;  // (B, 8, A), in the order above: of each row
+};
+constexpr int kTimeMix7Parameters = 8;
+
 struct Operators {
-  size_t (*wkv4_scratch)(const Tokens&, int threads);   // in floats
-  size_t (*heads_scratch)(const Tokens&, int threads);  // of wkv6 and wkv7
+  size_t (*wkv4_scratch)(const Tokens&, int threads);  // in floats
+  size_t (*wkv6_scratch)(const Tokens&, int threads);
+  size_t (*wkv7_scratch)(const Tokens&, int threads);
+  size_t (*time_mix7_scratch)(const Tokens&, int threads);
   void (*wkv4)(const Tokens&, const Wkv4&, float* y, float* state, float* scratch, int threads);
   void (*wkv4_backward)(const Tokens&, const Wkv4&, const float* dy, const float* dstate, const Wkv4Gradients&,
                         float* scratch, int threads);
@@ -52,6 +66,9 @@ struct Operators {
   void (*wkv7)(const Tokens&, const Wkv7&, float* y, float* state, float* scratch, int threads);
   void (*wkv7_backward)(const Tokens&, const Wkv7&, const float* dy, const float* dstate, const Wkv7Gradients&,
                         float* scratch, int threads);
+  void (*time_mix7)(const Tokens&, const TimeMix7Inputs&, float* y, float* state, float* scratch, int threads);
+  void (*time_mix7_backward)(const Tokens&, const TimeMix7Inputs&, const float* dy, const float* dstate,
+                             const TimeMix7Gradients&, float* scratch, int threads);
 };
 
 namespace portable {

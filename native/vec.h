@@ -193,3 +193,33 @@ template <class T>
 inline void store(T* p, f8 x, int count) {
   for (int i = 0; i < count; ++i) store1(p + i, x[i]);
 }
+
+// The first `count` of eight numbers, and zeros.
+template <class Count>
+inline f8 only(f8 x, Count count) {
+  for (int i = count; i < kLanes; ++i) x[i] = 0;
+  return x;
+}
+
+// The sum of term(i, count) over 0 .. n, the same whoever asks.
+template <class Term>
+inline float total(int n, Term&& term) {
+  f8 sums{};
+  for_eights(0, n, [&](int i, auto count) {
+    sums += only(term(i, count), count);
+  });
+  return sum(sums);
+}
+
+struct Moments {
+  float mean, scale;
+};
+
+inline Moments moments(const float* x, int n, float eps, bool has_mean) {
+  const float mean = has_mean ? total(n, [&](int i, auto count) { return load(x + i, count); }) / n : 0;
+  const float square = total(n, [&](int i, auto count) {
+    const f8 away = load(x + i, count) - mean;
+    return away * away;
+  });
+  return {mean, 1 / std::sqrt(square / n + eps)};
+}

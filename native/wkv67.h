@@ -7,16 +7,9 @@
 //
 //     RWKV-7   removed = kappa^T M    M' = w M - c removed^T + k v^T    y = M'^T r
 //     RWKV-6                          M' = w M + k v^T                  y = M^T r + (r . u k) v
-
-// What both have; null what one has not.
-struct Heads {
-  const float *r, *log_w, *k, *v, *kappa, *a, *u, *state;
-  bool constant_decay;
-};
-
-struct HeadGradients {
-  float *r, *log_w, *k, *v, *kappa, *a, *u, *state;
-};
+//
+// Where r, w, k, v, kappa and c come from, and where y and the gradients go, is the matter of the two ends of a task:
+// WkvEnds for the operators themselves, TimeMix7Ends (time_mix7.h) for all that stands between matrix products.
 
 // A chunk of tokens of one head: (tokens, K), or (tokens, V) for values.
 struct Chunk {
@@ -34,10 +27,11 @@ int64_t chunk_floats(const Tokens& tokens, int chunk) {
   return int64_t{chunk} * (10 * eights(tokens.K) + 3 * eights(tokens.V) + kTileWidth);
 }
 
+template <class Ends>
 size_t heads_floats(const Tokens& tokens) {  // that a thread needs
   const int chunk = chunk_of(tokens.T), chunks = (tokens.T + chunk - 1) / chunk;
   const size_t K = eights(tokens.K), memory = K * eights(tokens.V);
-  return chunk_floats(tokens, chunk) + memory * (chunks + 2) + K * (kTileWidth * (chunk + 1) + 2);
+  return chunk_floats(tokens, chunk) + Ends::floats(K, chunk) + memory * (chunks + 2) + K * kTileWidth * (chunk + 1);
 }
 
 Chunk chunk_at(float*& at, const Tokens& tokens, int chunk) {
@@ -185,59 +179,207 @@ void for_memory(int K, int V, Copy&& copy) {
   });
 }
 
-// One head of one row.
-template <bool kDelta>
+// One head of one row of tokens.
+struct Head {
+  const Tokens& tokens;
+  const int row, head, T;
+
+  Head(const Tokens& tokens, int task)
+      : tokens(tokens), row(task / tokens.H), head(task % tokens.H), T(tokens.length(task / tokens.H)) {}
+
+  // Where its numbers are: in (B, H, ...), and those of token t in (B, T, H, width).
+  int64_t index() const { return int64_t{row} * tokens.H + head; }
+  int64_t at(int t, int width) const { return ((int64_t{row} * tokens.T + t) * tokens.H + head) * width; }
+
+  // Zeros for the tokens beyond the row's length.
+  void clear(float* of, int width) const {
+    for (int t = T; t < tokens.T; ++t) std::memset(of + at(t, width), 0, width * sizeof(float));
+  }
+};
+
+// `width` numbers, filled up with zeros.
+inline void fetch(const float* from, int width, float* to) {
+  for_eights(0, width, [&](int i, auto count) { store(to + i, load(from + i, count)); });
+}
+
+// The arrays of wkv6 and wkv7; null what one of them has not.
+struct WkvInputs {
+  const float *r, *log_w, *k, *v, *kappa, *a, *u, *state;
+  bool constant_decay;
+};
+
+struct WkvGradients {
+  float *r, *log_w, *k, *v, *kappa, *a, *u, *state;
+};
+
+template <bool kHasDelta>
+class WkvEnds {
+ public:
+  static constexpr bool kDelta = kHasDelta, kKeepsReads = false;
+  using Inputs = WkvInputs;
+  using Gradients = WkvGradients;
+
+  static size_t floats(int K, int) { return size_t{2} * K; }
+
+  WkvEnds(const Head& head, const Inputs& in, const Chunk& x, float* free)
+      : head_(head), in_(in), x_(x), N(head.tokens.K), K(eights(N)), V(eights(head.tokens.V)), du_(free), dlog_w_(free + K) {
+    std::memset(free, 0, 2 * K * sizeof(float));
+  }
+
+  // The tokens begin .. begin + n into the chunk.
+  void gather(int begin, int n) {
+    for (int t = 0; t < n; ++t) {
+      const int64_t at = head_.at(begin + t, N), to = int64_t{t} * K;
+      fetch(in_.r + at, N, x_.r + to);
+      fetch(in_.k + at, N, x_.k + to);
+      fetch(in_.v + values(begin + t), head_.tokens.V, x_.v + int64_t{t} * V);
+      const float* log_w = in_.constant_decay ? in_.log_w + int64_t{head_.head} * N : in_.log_w + at;
+      for_eights(0, N, [&](int k, auto count) {
+        store(x_.w + to + k, exp(load(log_w + k, count)));
+        if constexpr (kDelta) {
+          const f8 kappa = load(in_.kappa + at + k, count);
+          store(x_.kappa + to + k, kappa);
+          store(x_.c + to + k, kappa * load(in_.a + at + k, count));
+        }
+      });
+    }
+  }
+
+  // What the chunk has read, out to y.
+  void answer(int begin, int n, float* y) {
+    for (int t = 0; t < n; ++t) {
+      if constexpr (!kDelta) add(x_.y + t * V, bonus(t), x_.v + t * V);
+      std::memcpy(y + values(begin + t), x_.y + t * V, head_.tokens.V * sizeof(float));
+    }
+  }
+
+  // Backward: the gradient of what was read, and where the others start.
+  void ask(int begin, int n, const float* dy, const Gradients&) {
+    for (int t = 0; t < n; ++t) {
+      float* d = x_.y + t * V;
+      fetch(dy + values(begin + t), head_.tokens.V, d);
+      if constexpr (kDelta) continue;
+      f8 dot{};
+      for (int v = 0; v < V; v += kLanes) dot = multiply_add(load(x_.v + t * V + v), load(d + v), dot);
+      const float own = sum(dot);
+      add(x_.dv + t * V, bonus(t), d);
+      for_eights(0, N, [&](int k, auto count) {
+        const int64_t at = int64_t{t} * K + k;
+        const f8 u = bonus_at(k, count), r = load(x_.r + at), key = load(x_.k + at);
+        store(x_.dr + at, u * key * own);
+        store(x_.dk + at, u * r * own);
+        store(du_ + k, multiply_add(r * key, own, load(du_ + k)));
+      });
+    }
+  }
+
+  void hand_out(int begin, int n, const Gradients& out) {
+    for (int t = 0; t < n; ++t) {
+      const int64_t at = head_.at(begin + t, N);
+      for_eights(0, N, [&](int k, auto count) {
+        const int64_t from = int64_t{t} * K + k, to = at + k;
+        const f8 decay = load(x_.w + from) * load(x_.dw + from);
+        if constexpr (kDelta) {
+          const f8 dc = -load(x_.dc + from), kappa = load(x_.kappa + from);
+          store(out.kappa + to, multiply_add(load(in_.a + to, count), dc, load(x_.dkappa + from)), count);
+          store(out.a + to, kappa * dc, count);
+        }
+        store(out.r + to, load(x_.dr + from), count);
+        store(out.k + to, load(x_.dk + from), count);
+        if (in_.constant_decay) {
+          store(dlog_w_ + k, load(dlog_w_ + k) + decay);
+        } else {
+          store(out.log_w + to, decay, count);
+        }
+      });
+      std::memcpy(out.v + values(begin + t), x_.dv + t * V, head_.tokens.V * sizeof(float));
+    }
+  }
+
+  void finish(const Gradients& out) {
+    for (float* gradient : {out.r, out.k, out.kappa, out.a, in_.constant_decay ? nullptr : out.log_w}) {
+      if (gradient) head_.clear(gradient, N);
+    }
+    head_.clear(out.v, head_.tokens.V);
+    if (out.u) std::memcpy(out.u + head_.index() * N, du_, N * sizeof(float));
+    if (in_.constant_decay) std::memcpy(out.log_w + head_.index() * N, dlog_w_, N * sizeof(float));
+  }
+
+ private:
+  int64_t values(int t) const { return head_.at(t, head_.tokens.V); }
+
+  f8 bonus_at(int k, auto count) const { return load(in_.u + int64_t{head_.head} * N + k, count); }
+
+  // r . u k, the weight of the current value.
+  float bonus(int t) const {
+    f8 all{};
+    for_eights(0, N, [&](int k, auto count) {
+      const int64_t at = int64_t{t} * K + k;
+      all = multiply_add(load(x_.r + at) * bonus_at(k, count), load(x_.k + at), all);
+    });
+    return sum(all);
+  }
+
+  void add(float* to, float weight, const float* values) const {
+    for (int v = 0; v < V; v += kLanes) store(to + v, multiply_add(load(values + v), weight, load(to + v)));
+  }
+
+  const Head& head_;
+  const Inputs& in_;
+  const Chunk& x_;
+  const int N, K, V;  // K and V filled up
+  float *du_, *dlog_w_;
+};
+
+template <class Ends>
 class HeadTask {
  public:
-  HeadTask(const Tokens& tokens, const Heads& in, int task, float* scratch)
-      : tokens_(tokens), in_(in), K(eights(tokens.K)), V(eights(tokens.V)), row_(task / tokens.H),
-        head_(task % tokens.H), T_(tokens.length(task / tokens.H)), chunk_(chunk_of(tokens.T)) {
-    x_ = chunk_at(scratch, tokens, chunk_);
-    free_ = scratch;
-  }
+  HeadTask(const Tokens& tokens, const typename Ends::Inputs& in, int task, float* scratch)
+      : head_(tokens, task), state_(in.state), K(eights(tokens.K)), V(eights(tokens.V)), chunk_(chunk_of(tokens.T)),
+        x_(chunk_at(scratch, tokens, chunk_)), ends_(head_, in, x_, scratch), free_(scratch + Ends::floats(K, chunk_)) {}
 
   void forward(float* y, float* state) {
     float* memory = free_;
-    load_memory(in_.state, memory);
-    for (int begin = 0; begin < T_; begin += chunk_) {
-      const int n = gather(begin);
+    load_memory(state_, memory);
+    for (int begin = 0; begin < head_.T; begin += chunk_) {
+      const int n = tokens_from(begin);
+      ends_.gather(begin, n);
       for_tiles(V, [&](int v0, auto tile) {
         float* M = memory + int64_t{v0} * K;
         for (int t = 0; t < n; ++t) forward_token<kDelta, true, decltype(tile)::value>(x_, t, K, V, v0, M, M);
       });
-      for (int t = 0; t < n; ++t) {
-        if constexpr (!kDelta) add_own(x_.y + t * V, bonus(t), x_.v + t * V);
-        std::memcpy(y + values(begin + t), x_.y + t * V, tokens_.V * sizeof(float));
-      }
+      ends_.answer(begin, n, y);
     }
-    clear(y, tokens_.V);
+    head_.clear(y, head_.tokens.V);
     store_memory(memory, state);
   }
 
-  void backward(const float* dy, const float* dstate, const HeadGradients& out) {
-    const int chunks = (T_ + chunk_ - 1) / chunk_;
+  void backward(const float* dy, const float* dstate, const typename Ends::Gradients& out) {
+    const int chunks = (head_.T + chunk_ - 1) / chunk_;
     const int64_t size = int64_t{K} * V;
     float *borders = free_, *G = borders + size * (chunks + 1), *within = G + size;
-    float *du = within + int64_t{K} * kTileWidth * (chunk_ + 1), *dlog_w = du + K;
-    std::memset(du, 0, 2 * K * sizeof(float));
 
-    load_memory(in_.state, borders);
-    for (int i = 0; i + 1 < chunks; ++i) {  // the last chunk's end is not needed
-      const int n = gather(i * chunk_);
+    load_memory(state_, borders);
+    const int chunks_to_read = Ends::kKeepsReads ? chunks : chunks - 1;  // the memory at the end is not needed
+    for (int i = 0; i < chunks_to_read; ++i) {
+      const int begin = i * chunk_, n = tokens_from(begin);
+      ends_.gather(begin, n);
       for_tiles(V, [&](int v0, auto tile) {
         const float* M = borders + i * size + int64_t{v0} * K;
         float* next = borders + (i + 1) * size + int64_t{v0} * K;
         for (int t = 0; t < n; ++t) {
-          forward_token<kDelta, false, decltype(tile)::value>(x_, t, K, V, v0, t ? next : M, next);
+          forward_token<kDelta, Ends::kKeepsReads, decltype(tile)::value>(x_, t, K, V, v0, t ? next : M, next);
         }
       });
+      if constexpr (Ends::kKeepsReads) ends_.keep_reads(begin, n, out);
     }
     load_memory(dstate, G);
     for (int i = chunks - 1; i >= 0; --i) {
-      const int n = gather(i * chunk_);
-      for (int t = 0; t < n; ++t) fetch(dy + values(i * chunk_ + t), tokens_.V, x_.y + t * V);
+      const int begin = i * chunk_, n = tokens_from(begin);
+      ends_.gather(begin, n);
       for (float* gradient : {x_.dr, x_.dw, x_.dk, x_.dkappa, x_.dc}) std::memset(gradient, 0, n * K * sizeof(float));
       std::memset(x_.dv, 0, n * V * sizeof(float));
+      ends_.ask(begin, n, dy, out);
       for_tiles(V, [&](int v0, auto tile) {
         constexpr int W = decltype(tile)::value;
         const int64_t tile_size = int64_t{K} * W * kLanes;
@@ -250,157 +392,84 @@ class HeadTask {
           backward_token<kDelta, W>(x_, t, K, V, v0, before(t), within + t * tile_size, G + int64_t{v0} * K);
         }
       });
-      for (int t = 0; t < n; ++t) hand_out(i * chunk_ + t, t, out, du, dlog_w);
+      ends_.hand_out(begin, n, out);
     }
-
-    for (float* gradient : {out.r, out.k, out.kappa, out.a, in_.constant_decay ? nullptr : out.log_w}) {
-      if (gradient) clear(gradient, tokens_.K);
-    }
-    clear(out.v, tokens_.V);
-    if (out.u) std::memcpy(out.u + head() * tokens_.K, du, tokens_.K * sizeof(float));
-    if (in_.constant_decay) std::memcpy(out.log_w + head() * tokens_.K, dlog_w, tokens_.K * sizeof(float));
+    ends_.finish(out);
     store_memory(G, out.state);
   }
 
  private:
-  int64_t head() const { return int64_t{row_} * tokens_.H + head_; }
-  int64_t place(int t) const { return (int64_t{row_} * tokens_.T + t) * tokens_.H + head_; }
-  int64_t keys(int t) const { return place(t) * tokens_.K; }
-  int64_t values(int t) const { return place(t) * tokens_.V; }
+  static constexpr bool kDelta = Ends::kDelta;
+
+  int tokens_from(int begin) const { return std::min(chunk_, head_.T - begin); }
 
   void load_memory(const float* state, float* memory) const {
-    const float* S = state + head() * tokens_.K * tokens_.V;
+    const int n_keys = head_.tokens.K, n_values = head_.tokens.V;
+    const float* S = state + head_.index() * n_keys * n_values;
     for_memory(K, V, [&](int64_t i, int v, int k) {
-      memory[i] = v < tokens_.V && k < tokens_.K ? S[int64_t{v} * tokens_.K + k] : 0.0f;
+      memory[i] = v < n_values && k < n_keys ? S[int64_t{v} * n_keys + k] : 0.0f;
     });
   }
 
   void store_memory(const float* memory, float* state) const {
-    float* S = state + head() * tokens_.K * tokens_.V;
+    const int n_keys = head_.tokens.K, n_values = head_.tokens.V;
+    float* S = state + head_.index() * n_keys * n_values;
     for_memory(K, V, [&](int64_t i, int v, int k) {
-      if (v < tokens_.V && k < tokens_.K) S[int64_t{v} * tokens_.K + k] = memory[i];
+      if (v < n_values && k < n_keys) S[int64_t{v} * n_keys + k] = memory[i];
     });
   }
 
-  // `width` numbers, filled up with zeros.
-  static void fetch(const float* from, int width, float* to) {
-    for_eights(0, width, [&](int i, auto count) { store(to + i, load(from + i, count)); });
-  }
-
-  // Zeros for the tokens beyond the row's length.
-  void clear(float* of, int width) const {
-    for (int t = T_; t < tokens_.T; ++t) std::memset(of + place(t) * width, 0, width * sizeof(float));
-  }
-
-  // The tokens from `begin` on into the chunk; returns how many.
-  int gather(int begin) {
-    const int n = std::min(chunk_, T_ - begin);
-    for (int t = 0; t < n; ++t) {
-      const int64_t at = keys(begin + t), to = int64_t{t} * K;
-      fetch(in_.r + at, tokens_.K, x_.r + to);
-      fetch(in_.k + at, tokens_.K, x_.k + to);
-      fetch(in_.v + values(begin + t), tokens_.V, x_.v + int64_t{t} * V);
-      const float* log_w = in_.constant_decay ? in_.log_w + int64_t{head_} * tokens_.K : in_.log_w + at;
-      for_eights(0, tokens_.K, [&](int k, auto count) {
-        store(x_.w + to + k, exp(load(log_w + k, count)));
-        if constexpr (kDelta) {
-          const f8 kappa = load(in_.kappa + at + k, count);
-          store(x_.kappa + to + k, kappa);
-          store(x_.c + to + k, kappa * load(in_.a + at + k, count));
-        }
-      });
-    }
-    return n;
-  }
-
-  f8 bonus_at(int k, auto count) const { return load(in_.u + int64_t{head_} * tokens_.K + k, count); }
-
-  // r . u k, the weight of the current value.
-  float bonus(int t) const {
-    f8 all{};
-    for_eights(0, tokens_.K, [&](int k, auto count) {
-      const int64_t at = int64_t{t} * K + k;
-      all = multiply_add(load(x_.r + at) * bonus_at(k, count), load(x_.k + at), all);
-    });
-    return sum(all);
-  }
-
-  void add_own(float* to, float weight, const float* values) const {
-    for (int v = 0; v < V; v += kLanes) store(to + v, multiply_add(load(values + v), weight, load(to + v)));
-  }
-
-  // The gradients of token t of the chunk, which is token `at` of the row, from those of M's equation.
-  void hand_out(int at, int t, const HeadGradients& out, float* du, float* dlog_w) {
-    float own = 0;  // v . dy
-    if constexpr (!kDelta) {
-      f8 dot{};
-      for (int v = 0; v < V; v += kLanes) dot = multiply_add(load(x_.v + t * V + v), load(x_.y + t * V + v), dot);
-      own = sum(dot);
-      add_own(x_.dv + t * V, bonus(t), x_.y + t * V);
-    }
-    for_eights(0, tokens_.K, [&](int k, auto count) {
-      const int64_t from = int64_t{t} * K + k, to = keys(at) + k;
-      const f8 decay = load(x_.w + from) * load(x_.dw + from);
-      f8 dr = load(x_.dr + from), dk = load(x_.dk + from);
-      if constexpr (kDelta) {
-        const f8 dc = -load(x_.dc + from), kappa = load(x_.kappa + from);
-        store(out.kappa + to, multiply_add(load(in_.a + to, count), dc, load(x_.dkappa + from)), count);
-        store(out.a + to, kappa * dc, count);
-      } else {
-        const f8 u = bonus_at(k, count), r = load(x_.r + from), key = load(x_.k + from);
-        dr = multiply_add(u * key, own, dr);
-        dk = multiply_add(u * r, own, dk);
-        store(du + k, multiply_add(r * key, own, load(du + k)));
-      }
-      store(out.r + to, dr, count);
-      store(out.k + to, dk, count);
-      if (in_.constant_decay) {
-        store(dlog_w + k, load(dlog_w + k) + decay);
-      } else {
-        store(out.log_w + to, decay, count);
-      }
-    });
-    std::memcpy(out.v + values(at), x_.dv + t * V, tokens_.V * sizeof(float));
-  }
-
-  const Tokens& tokens_;
-  const Heads& in_;
+  const Head head_;
+  const float* state_;
   const int K, V;  // filled up
-  const int row_, head_, T_, chunk_;
-  Chunk x_;
+  const int chunk_;
+  const Chunk x_;
+  Ends ends_;
   float* free_;
 };
 
-template <bool kDelta, class Do>
-void for_heads(const Tokens& tokens, const Heads& in, float* scratch, int threads, Do&& each) {
-  const size_t floats = heads_floats(tokens);
+// each(HeadTask): every head of every row.
+template <class Ends, class Do>
+void for_heads(const Tokens& tokens, const typename Ends::Inputs& in, float* scratch, int threads, Do&& each) {
+  const size_t floats = heads_floats<Ends>(tokens);
   Tasks tasks(tokens.B * tokens.H);
   Pool::shared().run(threads, [&](Team& team) {
     float* mine = scratch + team.index() * (floats + 16);
-    tasks.work([&](int i) { each(HeadTask<kDelta>(tokens, in, i, mine)); });
+    tasks.work([&](int i) {
+      HeadTask<Ends> task(tokens, in, i, mine);
+      each(task);
+    });
   });
 }
 
+template <class Ends>
+size_t heads_scratch(const Tokens& tokens, int threads) {
+  return threads * (heads_floats<Ends>(tokens) + 16);
+}
+
+using Ends6 = WkvEnds<false>;
+using Ends7 = WkvEnds<true>;
+
 void wkv6(const Tokens& tokens, const Wkv6& in, float* y, float* state, float* scratch, int threads) {
-  const Heads heads{in.r, in.log_w, in.k, in.v, nullptr, nullptr, in.u, in.state, in.constant_decay};
-  for_heads<false>(tokens, heads, scratch, threads, [&](auto task) { task.forward(y, state); });
+  const WkvInputs heads{in.r, in.log_w, in.k, in.v, nullptr, nullptr, in.u, in.state, in.constant_decay};
+  for_heads<Ends6>(tokens, heads, scratch, threads, [&](auto& task) { task.forward(y, state); });
 }
 
 void wkv6_backward(const Tokens& tokens, const Wkv6& in, const float* dy, const float* dstate,
                    const Wkv6Gradients& out, float* scratch, int threads) {
-  const Heads heads{in.r, in.log_w, in.k, in.v, nullptr, nullptr, in.u, in.state, in.constant_decay};
-  const HeadGradients gradients{out.r, out.log_w, out.k, out.v, nullptr, nullptr, out.u, out.state};
-  for_heads<false>(tokens, heads, scratch, threads, [&](auto task) { task.backward(dy, dstate, gradients); });
+  const WkvInputs heads{in.r, in.log_w, in.k, in.v, nullptr, nullptr, in.u, in.state, in.constant_decay};
+  const WkvGradients gradients{out.r, out.log_w, out.k, out.v, nullptr, nullptr, out.u, out.state};
+  for_heads<Ends6>(tokens, heads, scratch, threads, [&](auto& task) { task.backward(dy, dstate, gradients); });
 }
 
 void wkv7(const Tokens& tokens, const Wkv7& in, float* y, float* state, float* scratch, int threads) {
-  const Heads heads{in.r, in.log_w, in.k, in.v, in.kappa, in.a, nullptr, in.state, false};
-  for_heads<true>(tokens, heads, scratch, threads, [&](auto task) { task.forward(y, state); });
+  const WkvInputs heads{in.r, in.log_w, in.k, in.v, in.kappa, in.a, nullptr, in.state, false};
+  for_heads<Ends7>(tokens, heads, scratch, threads, [&](auto& task) { task.forward(y, state); });
 }
 
 void wkv7_backward(const Tokens& tokens, const Wkv7& in, const float* dy, const float* dstate,
                    const Wkv7Gradients& out, float* scratch, int threads) {
-  const Heads heads{in.r, in.log_w, in.k, in.v, in.kappa, in.a, nullptr, in.state, false};
-  const HeadGradients gradients{out.r, out.log_w, out.k, out.v, out.kappa, out.a, nullptr, out.state};
-  for_heads<true>(tokens, heads, scratch, threads, [&](auto task) { task.backward(dy, dstate, gradients); });
+  const WkvInputs heads{in.r, in.log_w, in.k, in.v, in.kappa, in.a, nullptr, in.state, false};
+  const WkvGradients gradients{out.r, out.log_w, out.k, out.v, out.kappa, out.a, nullptr, out.state};
+  for_heads<Ends7>(tokens, heads, scratch, threads, [&](auto& task) { task.backward(dy, dstate, gradients); });
 }

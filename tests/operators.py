@@ -56,11 +56,38 @@ def _wkv7(randn: Any, B: int, T: int, H: int, N: int, *, key: float = 1, decay: 
     ]  # fmt: skip
 
 
+def _time_mix7(
+    randn: Any, B: int, T: int, H: int, N: int, *, key: float = 1, decay: float = 0, is_first: bool = False
+) -> list[Tensor]:
+    A = H * N
+    r, w, k, v, a, g, first, s = (randn(B, T, A) for _ in range(8))
+    tokens = [r, 4 * w + decay, key * k, v, a, g]
+    channels = [randn(A) for _ in range(6)]  # w0, a0, k_k, k_a, weight, bias
+    others = [] if is_first else [first, s, randn(A)]
+    return [*tokens, *others, *channels, randn(H, N), randn(B, H, N, N)]
+
+
+def time_mix7(*arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`ops.time_mix7` of a list. The norm's eps is that of heads of 64."""
+    *first, w0, a0, k_k, k_a, weight, bias, r_k, state = arguments[6:]
+    names: dict[str, Any] = {
+        "w0": w0,
+        "a0": a0,
+        "k_k": k_k,
+        "k_a": k_a,
+        "r_k": r_k,
+        "norm": (weight, bias, 64e-5),
+    }
+    names["first"] = tuple(first) or None
+    return ops.time_mix7(*arguments[:6], state, **names, **options)
+
+
 OPERATORS = {
     "wkv4": Operator(ops.wkv4, _wkv4, (2, 3)),
     "wkv5": Operator(ops.wkv5, _wkv5, (0, 2, 3)),
     "wkv6": Operator(ops.wkv6, _wkv6, (0, 1, 2, 3)),
     "wkv7": Operator(ops.wkv7, _wkv7, (0, 1, 2, 3, 4, 5)),
+    "time_mix7": Operator(time_mix7, _time_mix7, tuple(range(8))),
 }
 
 
@@ -75,7 +102,7 @@ def arguments(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     fresh: bool = False,
-    **scales: float,
+    **settings: Any,
 ) -> list[Tensor]:
     """Random arguments that require a gradient; `fresh` starts from the state before the first token."""
     generator = torch.Generator().manual_seed(seed)
@@ -83,7 +110,7 @@ def arguments(
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    made = OPERATORS[name].make(randn, B, T, H, N, **scales)
+    made = OPERATORS[name].make(randn, B, T, H, N, **settings)
     if fresh:
         made[-1].zero_()
         if name == "wkv4":

@@ -18,6 +18,7 @@ from wkv.ops.dispatch import Call
 ROWS = [(name, row.name) for name, op in ops.OPERATORS.items() for row in op.backends]
 FAST = [(name, row) for name, row in ROWS if row != "reference"]
 EXACT = [(name, row) for name, row in ROWS if row != "native"]  # in float64
+RECURRENCES = [name for name in OPERATORS if name != "time_mix7"]  # test_time_mix.py has more about that
 COMPILED = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 LENGTHS = [4, 15, 16, 17, 31, 32, 33, 63, 64, 65]
 
@@ -51,6 +52,8 @@ def test_a_backend_is_the_reference_forward_and_backward(
 def test_the_compiled_form_is_the_reference_to_float32_rounding(
     name: str, T: int, H: int, N: int, lengths: tuple[int, ...] | None
 ) -> None:
+    if name == "time_mix7" and N == 1:
+        pytest.skip("normalised, one number is 1 or -1: its gradient is nothing but rounding")
     exact = arguments(name, 3, T, H, N)
     rounded = [x.detach().float().requires_grad_() for x in exact]
     ends = None if lengths is None else torch.tensor([min(T, end) for end in lengths])
@@ -196,7 +199,7 @@ def test_a_decay_of_zero_forgets_everything(name: str, device: torch.device) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", RECURRENCES)
 def test_short_formats_are_summed_in_float32(name: str, dtype: torch.dtype, device: torch.device) -> None:
     *inputs, state = (x.detach() for x in arguments(name, 2, 40, device=device, dtype=torch.float32))
     rounded = [x.to(dtype) for x in inputs]
@@ -208,7 +211,7 @@ def test_short_formats_are_summed_in_float32(name: str, dtype: torch.dtype, devi
         OPERATORS[name].run(*rounded, state.to(dtype))
 
 
-@pytest.mark.parametrize(("name", "row"), FAST)
+@pytest.mark.parametrize(("name", "row"), [row for row in FAST if row[0] in RECURRENCES])
 def test_a_fast_form_is_one_operator_to_the_compiler(name: str, row: str, device: torch.device) -> None:
     inputs = arguments(name, 1, 20, N=4, device=device, dtype=torch.float32)
     operator = getattr(torch.ops.wkv, f"{name.replace('5', '6')}_{row}")

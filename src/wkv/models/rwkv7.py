@@ -29,13 +29,11 @@ rates and weight decay: BlinkDL/RWKV-LM, RWKV-v7/train_temp (release rc4a), whos
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..config import RWKV7Config
-from ..ops import Segments, mix, token_shift, wkv7
+from ..ops import Segments, mix, time_mix7, token_shift
 from ..state import LayerState
 from .base import RWKV, Block
 from .layers import HeadNorm, Linear, MatrixMemory, activation
@@ -107,36 +105,26 @@ class TimeMix(MatrixMemory):
         """Return the mixed tokens, layer 0's values, and what the next call needs: last_BD, memory_BHVK."""
         B, T, D = x_BTD.shape
         before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        # From here to the heads every token is a row of its own: (B * T, D) or (B * T, A).
-        x, before = x_BTD.reshape(-1, D), before_BTD.reshape(-1, D)
         mixes = (m.view(D) for m in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
-        xr, xw, xk, xv, xa, xg = mix(x, before, *mixes)
+        x, before = x_BTD.reshape(-1, D), before_BTD.reshape(-1, D)  # a row per token
+        xr, xw, xk, xv, xa, xg = (mixed.view(B, T, D) for mixed in mix(x, before, *mixes))
 
-        # Project. The decay is float32: near 1 bfloat16 has no values left between 0.996 and 1.
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        d = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
-        log_w = torch.sigmoid(d.to(memory_BHVK.dtype)) * -math.exp(-0.5)
-        a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2).to(k.dtype)  # autocast makes products shorter
+        w = torch.tanh(xw @ self.w1) @ self.w2
+        a = xa @ self.a1 @ self.a2
         g = torch.sigmoid(xg @ self.g1) @ self.g2
-        if v_first is None:
-            v_first = v
-        else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2).to(v.dtype))
-
-        # Remember: heads apart, (B, T, H, K) for keys and (B, T, H, V) for values.
-        heads = (B, T, *self.memory_shape[:2])
-        kappa = (k * self.k_k).view(heads)
-        kappa = kappa / torch.linalg.vector_norm(kappa, dim=-1, keepdim=True).clamp_min(1e-12)
-        k = torch.lerp(k, k * a, self.k_a.to(k.dtype))  # k (1 + (a - 1) k_a) in two steps instead of four
-        r, k, v_BTHV = r.view(heads), k.view(heads), v.view(heads)
-        y, memory_BHVK = wkv7(
-            r, log_w.view(heads), k, v_BTHV, kappa, a.view(heads), memory_BHVK, segments=segments
+        y, memory_BHVK = time_mix7(
+            *(r, w, k, v, a, g, memory_BHVK),
+            w0=self.w0,
+            a0=self.a0,
+            k_k=self.k_k,
+            k_a=self.k_a,
+            r_k=self.r_k,
+            norm=(self.ln_x.weight, self.ln_x.bias, self.ln_x.eps),
+            first=None if v_first is None else (v_first, xv @ self.v1 @ self.v2, self.v0),
+            segments=segments,
         )
-
-        # Answer: back to rows.
-        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v_BTHV
-        y = self.ln_x(y).to(g.dtype) + bonus.view(g.shape)
-        return self.output(y * g).view(B, T, D), v_first, last_BD, memory_BHVK
+        return self.output(y), v if v_first is None else v_first, last_BD, memory_BHVK
 
 
 class ChannelMix(Layer):

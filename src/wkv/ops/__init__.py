@@ -1,6 +1,7 @@
 """The operators that make RWKV a recurrence: one public function each, several backends behind it.
 
     wkv4, wkv5, wkv6, wkv7    the time mixing of each generation
+    time_mix7                 RWKV-7's with all that stands between matrix products
     token_shift, mix          each token's predecessor, carried from call to call; a share of it
     Segments                  several sequences in one row, each with a state of its own
     explain, use_backend      which implementation runs, and why
@@ -13,12 +14,14 @@ from __future__ import annotations
 import torch
 
 from ..errors import InputError
+from . import time_mix7 as _time_mix7
 from . import wkv4 as _wkv4
 from . import wkv5 as _wkv5
 from . import wkv6 as _wkv6
 from . import wkv7 as _wkv7
 from .dispatch import Call, Operator, use_backend
 from .segments import Segments
+from .time_mix7 import time_mix7
 from .token_shift import mix, token_shift
 from .wkv4 import wkv4
 from .wkv5 import wkv5
@@ -30,6 +33,7 @@ __all__ = [
     "Segments",
     "explain",
     "mix",
+    "time_mix7",
     "token_shift",
     "use_backend",
     "wkv4",
@@ -39,7 +43,7 @@ __all__ = [
 ]
 
 OPERATORS: dict[str, Operator] = {
-    module.OPERATOR.name: module.OPERATOR for module in (_wkv4, _wkv5, _wkv6, _wkv7)
+    module.OPERATOR.name: module.OPERATOR for module in (_wkv4, _wkv5, _wkv6, _wkv7, _time_mix7)
 }
 
 

@@ -55,13 +55,18 @@ class TorchOperator:
         torch.library.register_autograd(self._name, backward, setup_context=setup_context, lib=_REGISTRY)
 
     def register_backward(self, backward: Callable[..., list[Tensor]]) -> None:
-        """The gradients are `backward(*grads, *inputs)`, of all inputs but the last: that is `lengths`."""
+        """`backward(*grads, *inputs)` gives the gradients of all tensors among the inputs but the last input,
+        which is `lengths`."""
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs)
+            ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+            ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
 
         def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            return (*backward(*grads, *ctx.saved_tensors), None)
+            tensors = iter(ctx.saved_tensors)
+            inputs = [next(tensors) if other is None else other[0] for other in ctx.others]
+            gradients = iter(backward(*grads, *inputs))
+            return (*(next(gradients) if isinstance(x, Tensor) else None for x in inputs[:-1]), None)
 
         self.register_autograd(differentiate, setup_context=save)
 

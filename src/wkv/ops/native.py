@@ -6,7 +6,8 @@ operators wkv4 to wkv7 forward and backward.
     instruction_sets()    all that there are, and why one does not run here
     product(x, W)         x W^T
     Model(...)            a whole model; `wkv.models.compiled` builds it
-    wkv4, wkv6, wkv7      the operators on plain tensors; the rows "native" of `wkv.ops` call them
+    wkv4, wkv6, wkv7, time_mix7
+                          the operators on plain tensors; the rows "native" of `wkv.ops` call them
 
 Nothing here is needed: without the extension (an installation without a compiler) torch does it all, more
 slowly. Sums are float32 whatever the format of the weights; each row's result is the same, bit for bit,
@@ -305,17 +306,32 @@ def wkv7(
     _operate("wkv7", (*inputs[0].shape, inputs[3].shape[-1]), inputs, outputs, lengths, backward)
 
 
+def time_mix7(
+    inputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    *,
+    backward: bool,
+    eps: float,
+) -> None:
+    """The same for what TimeMix7Inputs names. Of parameters: one tensor (B, 8, A), each row's gradients."""
+    r, state = inputs[0], inputs[8]
+    assert r is not None and state is not None
+    B, T, _ = r.shape
+    _operate("time_mix7", (B, T, *state.shape[1:]), inputs, outputs, lengths, backward, eps)
+
+
 def _operate(
     name: str,
     sizes: tuple[int, ...],
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | None],
     lengths: Tensor | None,
-    *options: bool,
+    *options: float,
 ) -> None:
-    """float32 each; the outputs contiguous, the inputs made so."""
-    inputs = [x.contiguous() for x in inputs]
-    places = [x.data_ptr() for x in inputs], [x.data_ptr() for x in outputs]
+    """float32 each, None where there is none; the outputs contiguous, the inputs made so."""
+    inputs = [None if x is None else x.contiguous() for x in inputs]
+    places = [[0 if x is None else x.data_ptr() for x in tensors] for tensors in (inputs, outputs)]
     rows = None if lengths is None else lengths.contiguous()
     run = getattr(_engine(), name)
     run(engines()[0], sizes, 0 if rows is None else rows.data_ptr(), *places, *options, threads())
