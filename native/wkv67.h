@@ -75,9 +75,10 @@ void remove(const float* kappa, int K, const float* memory, f8 (&removed)[W]) {
   f8 odd[W] = {};
   for (int j = 0; j < W; ++j) removed[j] = f8{};
   for (int k = 0; k < K; k += 2) {
+    const f8 one = splat(kappa[k]), other = splat(kappa[k + 1]);
     for (int j = 0; j < W; ++j) {
-      removed[j] = multiply_add(load(memory + (k * W + j) * kLanes), kappa[k], removed[j]);
-      odd[j] = multiply_add(load(memory + ((k + 1) * W + j) * kLanes), kappa[k + 1], odd[j]);
+      removed[j] = multiply_add(load(memory + (k * W + j) * kLanes), one, removed[j]);
+      odd[j] = multiply_add(load(memory + ((k + 1) * W + j) * kLanes), other, odd[j]);
     }
   }
   for (int j = 0; j < W; ++j) removed[j] += odd[j];
@@ -95,14 +96,16 @@ void forward_token(const Chunk& x, int t, int K, int V, int v0, const float* bef
     store(x.removed + t * kTileWidth, removed);
   }
   for (int k = 0; k < K; ++k) {
+    // Read here, once: for all that the compiler knows, the stores below could change them.
+    const f8 fade = splat(w[k]), erase = splat(-c[k]), write = splat(key[k]), read = splat(r[k]);
     for (int j = 0; j < W; ++j) {
       const int at = (k * W + j) * kLanes;
       const f8 old = load(before + at);
-      f8 fresh = old * w[k];
-      if constexpr (kDelta) fresh = multiply_add(removed[j], -c[k], fresh);
-      fresh = multiply_add(v[j], key[k], fresh);
+      f8 fresh = old * fade;
+      if constexpr (kDelta) fresh = multiply_add(removed[j], erase, fresh);
+      fresh = multiply_add(v[j], write, fresh);
       store(after + at, fresh);
-      if constexpr (kReads) y[j] = multiply_add(kDelta ? fresh : old, r[k], y[j]);
+      if constexpr (kReads) y[j] = multiply_add(kDelta ? fresh : old, read, y[j]);
     }
   }
   if constexpr (kReads) store(x.y + t * V + v0, y);
@@ -125,6 +128,7 @@ void backward_token(const Chunk& x, int t, int K, int V, int v0, const float* be
     f8 from_read[kLanes], from_decay[kLanes], from_key[kLanes], from_removal[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       const int k = k0 + i;
+      const f8 r_k = splat(r[k]), w_k = splat(w[k]), c_k = splat(-c[k]), key_k = splat(key[k]);
       f8 read{}, decay{}, written{}, removal{};
       for (int j = 0; j < W; ++j) {
         const int at = (k * W + j) * kLanes;
@@ -132,16 +136,16 @@ void backward_token(const Chunk& x, int t, int K, int V, int v0, const float* be
         f8 g = load(G + at);
         read = multiply_add(kDelta ? load(after + at) : old, dy[j], read);
         if constexpr (kDelta) {
-          g = multiply_add(dy[j], r[k], g);
+          g = multiply_add(dy[j], r_k, g);
           store(G + at, g);
           removal = multiply_add(g, removed[j], removal);
-          dremoved[j] = multiply_add(g, -c[k], dremoved[j]);
+          dremoved[j] = multiply_add(g, c_k, dremoved[j]);
         } else {
-          store(G + at, multiply_add(g, w[k], dy[j] * r[k]));
+          store(G + at, multiply_add(g, w_k, dy[j] * r_k));
         }
         decay = multiply_add(g, old, decay);
         written = multiply_add(g, v[j], written);
-        dv[j] = multiply_add(g, key[k], dv[j]);
+        dv[j] = multiply_add(g, key_k, dv[j]);
       }
       from_read[i] = read, from_decay[i] = decay, from_key[i] = written, from_removal[i] = removal;
     }
@@ -156,11 +160,12 @@ void backward_token(const Chunk& x, int t, int K, int V, int v0, const float* be
     f8 from_kappa[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       const int k = k0 + i;
+      const f8 kappa_k = splat(kappa[k]), w_k = splat(w[k]);
       f8 kept{};
       for (int j = 0; j < W; ++j) {
         const int at = (k * W + j) * kLanes;
         kept = multiply_add(load(before + at), dremoved[j], kept);
-        store(G + at, multiply_add(dremoved[j], kappa[k], load(G + at) * w[k]));
+        store(G + at, multiply_add(dremoved[j], kappa_k, load(G + at) * w_k));
       }
       from_kappa[i] = kept;
     }
