@@ -145,7 +145,7 @@ void backward_token(const Chunk& x, int t, int K, int V, int v0, const float* be
         }
         decay = multiply_add(g, old, decay);
         written = multiply_add(g, v[j], written);
-        dv[j] = multiply_add(g, key_k, dv[j]);
+        if constexpr (!kDelta) dv[j] = multiply_add(g, key_k, dv[j]);
       }
       from_read[i] = read, from_decay[i] = decay, from_key[i] = written, from_removal[i] = removal;
     }
@@ -154,23 +154,25 @@ void backward_token(const Chunk& x, int t, int K, int V, int v0, const float* be
     add(x.dk, k0, from_key);
     if constexpr (kDelta) add(x.dc, k0, from_removal);
   }
-  store(x.dv + t * V + v0, dv);
-  if constexpr (!kDelta) return;
+  if constexpr (!kDelta) return store(x.dv + t * V + v0, dv);
   for (int k0 = 0; k0 < K; k0 += kLanes) {
     f8 from_kappa[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       const int k = k0 + i;
-      const f8 kappa_k = splat(kappa[k]), w_k = splat(w[k]);
+      const f8 kappa_k = splat(kappa[k]), w_k = splat(w[k]), key_k = splat(key[k]);
       f8 kept{};
       for (int j = 0; j < W; ++j) {
         const int at = (k * W + j) * kLanes;
+        const f8 g = load(G + at);
         kept = multiply_add(load(before + at), dremoved[j], kept);
-        store(G + at, multiply_add(dremoved[j], kappa_k, load(G + at) * w_k));
+        dv[j] = multiply_add(g, key_k, dv[j]);  // above, all registers are taken
+        store(G + at, multiply_add(dremoved[j], kappa_k, g * w_k));
       }
       from_kappa[i] = kept;
     }
     add(x.dkappa, k0, from_kappa);
   }
+  store(x.dv + t * V + v0, dv);
 }
 
 // copy(i, v, k): the number for channels v and k is the i-th of the tiles.
