@@ -48,7 +48,7 @@ done
 echo "bounds, lifetimes and undefined behaviour"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 run_tests "$folder/address,undefined" "$(library libasan.so) $(library libstdc++.so)" \
-  tests/test_compiled.py tests/test_quantized.py tests/test_ops.py -k "compiled_form or not (bits_depend or test_ops)"
+  tests/test_compiled.py tests/test_quantized.py tests/test_ops.py tests/test_time_mix.py -k "compiled_form or not (bits_depend or test_ops)"
 
 # What torch's own threads do is none of our business, and their locks cannot be seen. Without the tests that
 # fork: this sanitizer knows no threads in a child.

@@ -3,7 +3,7 @@
 
 class TimeMix7Ends {
  public:
-  static constexpr bool kDelta = true, kKeepsReads = true;
+  static constexpr bool kDelta = true, kKeeps = true;
   using Inputs = TimeMix7Inputs;
   using Gradients = TimeMix7Gradients;
 
@@ -19,34 +19,21 @@ class TimeMix7Ends {
     }
   }
 
-  void gather(int begin, int n) {
+  void gather(int begin, int n) { gather<false>(begin, n, {}); }
+
+  // After a first pass with `keep`.
+  void gather_again(int begin, int n, const Gradients& kept) { gather<true>(begin, n, kept); }
+
+  // What the heads read, and the sigmoids, are wanted again when the gradient comes back. Until then they lie where
+  // gradients will.
+  void keep(int begin, int n, const Gradients& out) {
     for (int t = 0; t < n; ++t) {
-      const int64_t from = head_.at(begin + t, N), to = int64_t{t} * K;
-      const float square = total(N, [&](int i, auto count) {
-        const f8 x = load(in_.k + from + i, count) * load(in_.k_k + i, count);
-        store(x_.kappa + to + i, x);
-        return x * x;
-      });
-      scale_[t] = 1 / std::max(std::sqrt(square), kShortest);
-      for_eights(0, N, [&](int i, auto count) {
-        const f8 key = load(in_.k + from + i, count), kappa = load(x_.kappa + to + i) * scale_[t];
-        const f8 rate = sigmoid(load(in_.a0 + i, count) + load(in_.a + from + i, count));
-        const f8 fade = sigmoid(load(in_.w0 + i, count) + load(in_.w + from + i, count));
-        f8 v = load(in_.v + from + i, count);
-        if (in_.first) {
-          const f8 share = sigmoid(load(in_.v0 + i, count) + load(in_.s + from + i, count));
-          v = multiply_add(load(in_.first + from + i, count) - v, share, v);
-          store(share_ + to + i, share);
-        }
-        store(x_.r + to + i, load(in_.r + from + i, count));
-        store(x_.w + to + i, exp(fade * kStrongest));
-        store(x_.k + to + i, multiply_add(multiply_add(key, rate, -key), load(in_.k_a + i, count), key));
-        store(x_.v + to + i, v);
-        store(x_.kappa + to + i, kappa);
-        store(x_.c + to + i, kappa * rate);
-        store(rate_ + to + i, rate);
-        store(fade_ + to + i, fade);
-      });
+      const int64_t at = head_.at(begin + t, N), row = int64_t{t} * K;
+      const auto copy = [&](const float* from, float* to) { std::memcpy(to + at, from + row, N * sizeof(float)); };
+      copy(x_.y, out.g);
+      copy(rate_, out.a);
+      copy(fade_, out.w);
+      if (in_.first) copy(share_, out.s);
     }
   }
 
@@ -60,11 +47,6 @@ class TimeMix7Ends {
         store(out + at + i, answer(normed, own, load(x_.v + row + i), i, count) * load(in_.g + at + i, count), count);
       });
     }
-  }
-
-  // What the heads read is wanted again when the gradient comes. Until then it lies where that of the gate will.
-  void keep_reads(int begin, int n, const Gradients& out) {
-    for (int t = 0; t < n; ++t) std::memcpy(out.g + head_.at(begin + t, N), x_.y + int64_t{t} * K, N * sizeof(float));
   }
 
   void ask(int begin, int n, const float* dout, const Gradients& out) {
@@ -154,6 +136,41 @@ class TimeMix7Ends {
   enum Parameter { kW0, kA0, kV0, kKK, kKA, kRK, kWeight, kBias };
   static constexpr float kStrongest = -0.606530659712633423f;  // -e^(-1/2), log of the strongest decay
   static constexpr float kShortest = 1e-12f;                   // that a key is taken to be when it is normalised
+
+  template <bool kAgain>
+  void gather(int begin, int n, const Gradients& kept) {
+    for (int t = 0; t < n; ++t) {
+      const int64_t from = head_.at(begin + t, N), to = int64_t{t} * K;
+      const float square = total(N, [&](int i, auto count) {
+        const f8 x = load(in_.k + from + i, count) * load(in_.k_k + i, count);
+        store(x_.kappa + to + i, x);
+        return x * x;
+      });
+      const float scale = 1 / std::max(std::sqrt(square), kShortest);
+      scale_[t] = scale;
+      for_eights(0, N, [&](int i, auto count) {
+        const f8 key = load(in_.k + from + i, count), kappa = load(x_.kappa + to + i) * scale;
+        const auto sigmoid_of = [&](const float* x, const float* x0, const float* known) {
+          return kAgain ? load(known + from + i, count) : sigmoid(load(x0 + i, count) + load(x + from + i, count));
+        };
+        const f8 rate = sigmoid_of(in_.a, in_.a0, kept.a), fade = sigmoid_of(in_.w, in_.w0, kept.w);
+        f8 v = load(in_.v + from + i, count);
+        if (in_.first) {
+          const f8 share = sigmoid_of(in_.s, in_.v0, kept.s);
+          v = multiply_add(load(in_.first + from + i, count) - v, share, v);
+          store(share_ + to + i, share);
+        }
+        store(x_.r + to + i, load(in_.r + from + i, count));
+        store(x_.w + to + i, exp(fade * kStrongest));
+        store(x_.k + to + i, multiply_add(multiply_add(key, rate, -key), load(in_.k_a + i, count), key));
+        store(x_.v + to + i, v);
+        store(x_.kappa + to + i, kappa);
+        store(x_.c + to + i, kappa * rate);
+        store(rate_ + to + i, rate);
+        store(fade_ + to + i, fade);
+      });
+    }
+  }
 
   // Before the gate.
   template <class Count>

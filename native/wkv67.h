@@ -222,7 +222,7 @@ struct WkvGradients {
 template <bool kHasDelta>
 class WkvEnds {
  public:
-  static constexpr bool kDelta = kHasDelta, kKeepsReads = false;
+  static constexpr bool kDelta = kHasDelta, kKeeps = false;
   using Inputs = WkvInputs;
   using Gradients = WkvGradients;
 
@@ -251,6 +251,8 @@ class WkvEnds {
       });
     }
   }
+
+  void gather_again(int begin, int n, const Gradients&) { gather(begin, n); }
 
   // What the chunk has read, out to y.
   void answer(int begin, int n, float* y) {
@@ -367,7 +369,7 @@ class HeadTask {
     float *borders = free_, *G = borders + size * (chunks + 1), *within = G + size;
 
     load_memory(state_, borders);
-    const int chunks_to_read = Ends::kKeepsReads ? chunks : chunks - 1;  // the memory at the end is not needed
+    const int chunks_to_read = Ends::kKeeps ? chunks : chunks - 1;  // the memory at the end is not needed
     for (int i = 0; i < chunks_to_read; ++i) {
       const int begin = i * chunk_, n = tokens_from(begin);
       ends_.gather(begin, n);
@@ -375,15 +377,15 @@ class HeadTask {
         const float* M = borders + i * size + int64_t{v0} * K;
         float* next = borders + (i + 1) * size + int64_t{v0} * K;
         for (int t = 0; t < n; ++t) {
-          forward_token<kDelta, Ends::kKeepsReads, decltype(tile)::value>(x_, t, K, V, v0, t ? next : M, next);
+          forward_token<kDelta, Ends::kKeeps, decltype(tile)::value>(x_, t, K, V, v0, t ? next : M, next);
         }
       });
-      if constexpr (Ends::kKeepsReads) ends_.keep_reads(begin, n, out);
+      if constexpr (Ends::kKeeps) ends_.keep(begin, n, out);
     }
     load_memory(dstate, G);
     for (int i = chunks - 1; i >= 0; --i) {
       const int begin = i * chunk_, n = tokens_from(begin);
-      ends_.gather(begin, n);
+      ends_.gather_again(begin, n, out);
       for (float* gradient : {x_.dr, x_.dw, x_.dk, x_.dkappa, x_.dc}) std::memset(gradient, 0, n * K * sizeof(float));
       std::memset(x_.dv, 0, n * V * sizeof(float));
       ends_.ask(begin, n, dy, out);
