@@ -75,7 +75,12 @@ def floor_faults(tree: ast.AST, module: str, is_package: bool = False) -> list[s
 
 
 DEFINITIONS = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Pass
-REGISTRATIONS = {"register_autograd", "register_fake", "register_kernel"}  # of torch custom ops
+REGISTRATIONS = {
+    "register_autograd",
+    "register_backward",
+    "register_fake",
+    "register_kernel",
+}  # of torch custom ops
 
 
 def work_at_import(tree: ast.Module) -> list[str]:

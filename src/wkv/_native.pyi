@@ -1,5 +1,7 @@
 """What `native/module.cc` offers. Addresses are integers: `wkv.ops.native` alone calls this."""
 
+from collections.abc import Callable
+
 def engines() -> dict[str, str | None]: ...
 def multiply(
     engine: str,
@@ -32,37 +34,13 @@ def normalize(
     threads: int,
     /,
 ) -> None: ...
-def wkv4(
-    engine: str,
-    sizes: tuple[int, int, int, int, int],
-    lengths: int,
-    inputs: list[int],
-    outputs: list[int],
-    backward: bool,
-    threads: int,
-    /,
-) -> None: ...
-def wkv6(
-    engine: str,
-    sizes: tuple[int, int, int, int, int],
-    lengths: int,
-    inputs: list[int],
-    outputs: list[int],
-    backward: bool,
-    constant_decay: bool,
-    threads: int,
-    /,
-) -> None: ...
-def wkv7(
-    engine: str,
-    sizes: tuple[int, int, int, int, int],
-    lengths: int,
-    inputs: list[int],
-    outputs: list[int],
-    backward: bool,
-    threads: int,
-    /,
-) -> None: ...
+
+# engine, sizes (B, T, H, K, V), lengths, inputs, outputs, backward, ..., threads
+_Operator = Callable[[str, tuple[int, int, int, int, int], int, list[int], list[int], bool, int], None]
+
+wkv4: _Operator
+wkv6: Callable[[str, tuple[int, int, int, int, int], int, list[int], list[int], bool, bool, int], None]
+wkv7: _Operator
 
 class Model:
     def __init__(

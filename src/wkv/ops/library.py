@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -52,6 +53,17 @@ class TorchOperator:
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
         torch.library.register_autograd(self._name, backward, setup_context=setup_context, lib=_REGISTRY)
+
+    def register_backward(self, backward: Callable[..., list[Tensor]]) -> None:
+        """The gradients are `backward(*grads, *inputs)`, of all inputs but the last: that is `lengths`."""
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+
+        def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            return (*backward(*grads, *ctx.saved_tensors), None)
+
+        self.register_autograd(differentiate, setup_context=save)
 
 
 def torch_operator(name: str) -> Callable[[Callable[..., Any]], TorchOperator]:

@@ -5,36 +5,25 @@ Saved for the backward pass: the inputs alone. The sums are computed again, kept
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .. import native
 from ..library import torch_operator
 
 
+@torch_operator("wkv4_native")
 def run(
     log_w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `wkv4`, all float32."""
-    y, state = _forward(log_w, u, k, v, state, lengths)
-    return y, state
-
-
-@torch_operator("wkv4_native")
-def _forward(
-    log_w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
     y, after = native.empty_like(v, state)
     native.wkv4((log_w, u, k, v, state), (y, after), lengths, backward=False)
     return y, after
 
 
-@_forward.register_fake
-def _(
-    log_w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    y, after = native.empty_like(v, state)
+@run.register_fake
+def _(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    y, after = native.empty_like(*inputs[3:5])
     return y, after
 
 
@@ -62,12 +51,4 @@ def _(dy: Tensor, dstate: Tensor, *inputs: Tensor) -> list[Tensor]:
     return native.empty_like(*inputs[:5])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(dy, dstate, *ctx.saved_tensors), None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+run.register_backward(_backward)

@@ -5,8 +5,6 @@ Saved for the backward pass: the inputs alone. The memory is computed again, kep
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,12 +12,15 @@ from .. import native
 from ..library import torch_operator
 
 
+@torch_operator("wkv6_native")
 def run(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `wkv6`, log_w also (1, 1, H, K); all float32."""
-    y, state = _forward(r, log_w, k, v, u, state, lengths)
-    return y, state
+    y, after = native.empty_like(v, state)
+    inputs = (r, log_w, k, v, u, state)
+    native.wkv6(inputs, (y, after), lengths, backward=False, constant_decay=is_constant(log_w, r))
+    return y, after
 
 
 def is_constant(log_w: Tensor, r: Tensor) -> bool:
@@ -27,21 +28,9 @@ def is_constant(log_w: Tensor, r: Tensor) -> bool:
     return log_w.shape != r.shape
 
 
-@torch_operator("wkv6_native")
-def _forward(
-    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    y, after = native.empty_like(v, state)
-    inputs = (r, log_w, k, v, u, state)
-    native.wkv6(inputs, (y, after), lengths, backward=False, constant_decay=is_constant(log_w, r))
-    return y, after
-
-
-@_forward.register_fake
-def _(
-    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    y, after = native.empty_like(v, state)
+@run.register_fake
+def _(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    y, after = native.empty_like(inputs[3], inputs[5])
     return y, after
 
 
@@ -74,12 +63,4 @@ def _(dy: Tensor, dstate: Tensor, *inputs: Tensor) -> list[Tensor]:
     return native.empty_like(*inputs[:6])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(dy, dstate, *ctx.saved_tensors), None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+run.register_backward(_backward)

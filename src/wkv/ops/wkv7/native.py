@@ -5,14 +5,13 @@ Saved for the backward pass: the inputs alone. The memory is computed again, kep
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .. import native
 from ..library import torch_operator
 
 
+@torch_operator("wkv7_native")
 def run(
     r: Tensor,
     log_w: Tensor,
@@ -24,38 +23,14 @@ def run(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `wkv7`, all float32."""
-    y, state = _forward(r, log_w, k, v, kappa, a, state, lengths)
-    return y, state
-
-
-@torch_operator("wkv7_native")
-def _forward(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kappa: Tensor,
-    a: Tensor,
-    state: Tensor,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
     y, after = native.empty_like(v, state)
     native.wkv7((r, log_w, k, v, kappa, a, state), (y, after), lengths, backward=False)
     return y, after
 
 
-@_forward.register_fake
-def _(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kappa: Tensor,
-    a: Tensor,
-    state: Tensor,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    y, after = native.empty_like(v, state)
+@run.register_fake
+def _(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    y, after = native.empty_like(inputs[3], inputs[6])
     return y, after
 
 
@@ -83,12 +58,4 @@ def _(dy: Tensor, dstate: Tensor, *inputs: Tensor) -> list[Tensor]:
     return native.empty_like(*inputs[:7])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(dy, dstate, *ctx.saved_tensors), None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+run.register_backward(_backward)
