@@ -368,6 +368,23 @@ void wkv7(const std::string& name, Sizes sizes, Address lengths, const std::vect
   });
 }
 
+void token_mix(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
+               const std::vector<Address>& outputs, bool backward, bool each_token, int threads) {
+  operate(name, sizes, lengths, inputs, outputs, threads, &Operators::token_mix_scratch,
+          [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
+    const TokenMix arrays{in(0), in(1), in(2), reinterpret_cast<const bool*>(in(3)), each_token};
+    const size_t n = static_cast<size_t>(tokens.H);
+    if (!backward) {
+      std::vector<float*> mixed(n);
+      for (size_t s = 0; s < n; ++s) mixed[s] = out(s);
+      return chosen.token_mix(tokens, arrays, mixed.data(), free, threads);
+    }
+    std::vector<const float*> grads(n);
+    for (size_t s = 0; s < n; ++s) grads[s] = in(4 + s);
+    chosen.token_mix_backward(tokens, arrays, grads.data(), {out(0), out(1), out(2)}, free, threads);
+  });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -380,6 +397,7 @@ NB_MODULE(_native, m) {
   m.def("wkv4", &wkv4);
   m.def("wkv6", &wkv6);
   m.def("wkv7", &wkv7);
+  m.def("token_mix", &token_mix);
   m.def("handover", &handover);
   m.def("borrows", &Pool::borrows);
   nb::class_<CompiledModel>(m, "Model")

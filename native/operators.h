@@ -6,7 +6,7 @@
 
 namespace wkv {
 
-// B rows of T tokens, contiguous. Of wkv4 H = V = 1, and K are the channels.
+// B rows of T tokens, contiguous. Of wkv4 H = V = 1, and K are the channels; of token_mix too, and H are the mixes.
 struct Tokens {
   int B, T, H, K, V;
   const int64_t* lengths;  // (B,) valid tokens of each row, or null: all T
@@ -40,9 +40,19 @@ struct Wkv7Gradients {
   float *r, *log_w, *k, *v, *kappa, *a, *state;
 };
 
+struct TokenMix {
+  const float *x, *last, *weights;
+  const bool* starts;  // (B, T), or null: before such a token is zero
+  bool each_token;     // the weights are (H, B, T, K), not (H, K)
+};
+struct TokenMixGradients {
+  float *x, *last, *weights;
+};
+
 struct Operators {
   size_t (*wkv4_scratch)(const Tokens&, int threads);   // in floats
   size_t (*heads_scratch)(const Tokens&, int threads);  // of wkv6 and wkv7
+  size_t (*token_mix_scratch)(const Tokens&, int threads);
   void (*wkv4)(const Tokens&, const Wkv4&, float* y, float* state, float* scratch, int threads);
   void (*wkv4_backward)(const Tokens&, const Wkv4&, const float* dy, const float* dstate, const Wkv4Gradients&,
                         float* scratch, int threads);
@@ -52,6 +62,9 @@ struct Operators {
   void (*wkv7)(const Tokens&, const Wkv7&, float* y, float* state, float* scratch, int threads);
   void (*wkv7_backward)(const Tokens&, const Wkv7&, const float* dy, const float* dstate, const Wkv7Gradients&,
                         float* scratch, int threads);
+  void (*token_mix)(const Tokens&, const TokenMix&, float* const* mixed, float* scratch, int threads);
+  void (*token_mix_backward)(const Tokens&, const TokenMix&, const float* const* grads, const TokenMixGradients&,
+                             float* scratch, int threads);
 };
 
 namespace portable {

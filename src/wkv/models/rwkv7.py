@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..config import RWKV7Config
-from ..ops import Segments, mix, token_shift, wkv7
+from ..ops import Segments, token_mix, wkv7
 from ..state import LayerState
 from .base import RWKV, Block
 from .layers import HeadNorm, Linear, MatrixMemory, activation
@@ -106,11 +106,10 @@ class TimeMix(MatrixMemory):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the mixed tokens, layer 0's values, and what the next call needs: last_BD, memory_BHVK."""
         B, T, D = x_BTD.shape
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
+        mixes = self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
+        mixed, last_BD = token_mix(x_BTD, last_BD, mixes, towards="before", segments=segments)
         # From here to the heads every token is a row of its own: (B * T, D) or (B * T, A).
-        x, before = x_BTD.reshape(-1, D), before_BTD.reshape(-1, D)
-        mixes = (m.view(D) for m in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
-        xr, xw, xk, xv, xa, xg = mix(x, before, *mixes)
+        xr, xw, xk, xv, xa, xg = (x.view(-1, D) for x in mixed)
 
         # Project. The decay is float32: near 1 bfloat16 has no values left between 0.996 and 1.
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
@@ -149,10 +148,8 @@ class ChannelMix(Layer):
         self.value = Linear(config.dim_ffn, D, init=zeros, sparse=True)
 
     def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        (xk,) = mix(x_BTD, before_BTD, self.x_k)
-        hidden = self.key(xk)
-        return self.value(activation(self.config, hidden)), last_BD
+        (xk,), last_BD = token_mix(x_BTD, last_BD, [self.x_k], towards="before", segments=segments)
+        return self.value(activation(self.config, self.key(xk))), last_BD
 
 
 class RWKV7Block(Block):

@@ -1,7 +1,8 @@
 """The operators that make RWKV a recurrence: one public function each, several backends behind it.
 
     wkv4, wkv5, wkv6, wkv7    the time mixing of each generation
-    token_shift, mix          each token's predecessor, carried from call to call; a share of it
+    token_mix                 each token mixed with its predecessor, carried from call to call
+    cheap, cheap_again        what is computed again for the gradients instead of kept
     Segments                  several sequences in one row, each with a state of its own
     explain, use_backend      which implementation runs, and why
 
@@ -13,13 +14,15 @@ from __future__ import annotations
 import torch
 
 from ..errors import InputError
+from . import token_mix as _token_mix
 from . import wkv4 as _wkv4
 from . import wkv5 as _wkv5
 from . import wkv6 as _wkv6
 from . import wkv7 as _wkv7
+from .cheap import cheap, cheap_again
 from .dispatch import Call, Operator, use_backend
 from .segments import Segments
-from .token_shift import mix, token_shift
+from .token_mix import token_mix
 from .wkv4 import wkv4
 from .wkv5 import wkv5
 from .wkv6 import wkv6
@@ -28,9 +31,10 @@ from .wkv7 import wkv7
 __all__ = [
     "OPERATORS",
     "Segments",
+    "cheap",
+    "cheap_again",
     "explain",
-    "mix",
-    "token_shift",
+    "token_mix",
     "use_backend",
     "wkv4",
     "wkv5",
@@ -39,7 +43,7 @@ __all__ = [
 ]
 
 OPERATORS: dict[str, Operator] = {
-    module.OPERATOR.name: module.OPERATOR for module in (_wkv4, _wkv5, _wkv6, _wkv7)
+    module.OPERATOR.name: module.OPERATOR for module in (_token_mix, _wkv4, _wkv5, _wkv6, _wkv7)
 }
 
 

@@ -6,7 +6,8 @@ operators wkv4 to wkv7 forward and backward.
     instruction_sets()    all that there are, and why one does not run here
     product(x, W)         x W^T
     Model(...)            a whole model; `wkv.models.compiled` builds it
-    wkv4, wkv6, wkv7      the operators on plain tensors; the rows "native" of `wkv.ops` call them
+    wkv4, wkv6, wkv7, token_mix
+                          the operators on plain tensors; the rows "native" of `wkv.ops` call them
 
 Nothing here is needed: without the extension (an installation without a compiler) torch does it all, more
 slowly. Sums are float32 whatever the format of the weights; each row's result is the same, bit for bit,
@@ -305,20 +306,28 @@ def wkv7(
     _operate("wkv7", (*inputs[0].shape, inputs[3].shape[-1]), inputs, outputs, lengths, backward)
 
 
+def token_mix(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor], *, backward: bool) -> None:
+    """Fill `outputs` (the mixes; backward: gradients of x, last, weights) from `inputs`: x, last, weights (n, D)
+    or (n, B, T, D), starts; backward then the gradients of the mixes."""
+    x, _, weights, *_ = inputs
+    assert x is not None and weights is not None
+    B, T, D = x.shape
+    _operate("token_mix", (B, T, len(weights), D, 1), inputs, outputs, None, backward, weights.ndim == 4)
+
+
 def _operate(
     name: str,
     sizes: tuple[int, ...],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
     outputs: Sequence[Tensor],
     lengths: Tensor | None,
     *options: bool,
 ) -> None:
     """float32 each; the outputs contiguous, the inputs made so."""
-    inputs = [x.contiguous() for x in inputs]
-    places = [x.data_ptr() for x in inputs], [x.data_ptr() for x in outputs]
-    rows = None if lengths is None else lengths.contiguous()
+    read = [None if x is None else x.contiguous() for x in (lengths, *inputs)]
+    rows, *places = (0 if x is None else x.data_ptr() for x in read)
     run = getattr(_engine(), name)
-    run(engines()[0], sizes, 0 if rows is None else rows.data_ptr(), *places, *options, threads())
+    run(engines()[0], sizes, rows, places, [x.data_ptr() for x in outputs], *options, threads())
 
 
 def _place(part: Stored | int) -> tuple[int, int, bool] | int:

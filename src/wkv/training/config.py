@@ -157,7 +157,7 @@ class TrainConfig(Settings):
     l2wrap: float = between(1e-4, 0)
     micro_batch: int | None = between(None, 1)
     precision: Literal["float32", "bfloat16"] = "float32"
-    recompute: Recompute = "nothing"
+    recompute: Recompute = "cheap"
     compile: bool = False
     parallel: Literal["replicate", "shard", "context"] = "replicate"
     shard_over: int | None = between(None, 1)
