@@ -333,7 +333,8 @@ void operate(const std::string& name, const Sizes& sizes, Address lengths, const
   const Tokens tokens{B, T, H, K, V, reinterpret_cast<const int64_t*>(lengths)};
   const auto in = [&](size_t i) { return reinterpret_cast<const float*>(inputs.at(i)); };
   const auto out = [&](size_t i) { return reinterpret_cast<float*>(outputs.at(i)); };
-  const Scratch scratch((chosen.*floats)(tokens, checked(threads)));
+  checked(threads);
+  const Scratch scratch(floats ? (chosen.*floats)(tokens, threads) : 0);
   use(chosen, tokens, in, out, scratch.floats());
 }
 
@@ -385,6 +386,15 @@ void token_mix(const std::string& name, Sizes sizes, Address lengths, const std:
   });
 }
 
+void squared_relu(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
+                  const std::vector<Address>& outputs, bool backward, int threads) {
+  operate(name, sizes, lengths, inputs, outputs, threads, nullptr,
+          [&](auto& chosen, auto& tokens, auto in, auto out, float*) {
+    if (!backward) return chosen.squared_relu(tokens, in(0), out(0), threads);
+    chosen.squared_relu_backward(tokens, in(1), in(0), out(0), threads);
+  });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -398,6 +408,7 @@ NB_MODULE(_native, m) {
   m.def("wkv6", &wkv6);
   m.def("wkv7", &wkv7);
   m.def("token_mix", &token_mix);
+  m.def("squared_relu", &squared_relu);
   m.def("handover", &handover);
   m.def("borrows", &Pool::borrows);
   nb::class_<CompiledModel>(m, "Model")

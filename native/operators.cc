@@ -41,6 +41,7 @@ class Tasks {
   std::atomic<int> next_{0};
 };
 
+#include "elementwise.h"
 #include "shift.h"
 #include "wkv4.h"
 #include "wkv67.h"
@@ -51,7 +52,9 @@ size_t heads_scratch(const Tokens& tokens, int threads) { return threads * (head
 }  // namespace
 
 extern const Operators operators;
-const Operators operators = {wkv4_scratch, heads_scratch, token_mix_scratch, wkv4,      wkv4_backward,     wkv6,
-                             wkv6_backward, wkv7,         wkv7_backward,    token_mix, token_mix_backward};
+const Operators operators = {
+    wkv4_scratch, heads_scratch, token_mix_scratch, wkv4,      wkv4_backward,      wkv6,         wkv6_backward,
+    wkv7,         wkv7_backward, token_mix,         token_mix_backward, squared_relu, squared_relu_backward,
+};
 
 }  // namespace wkv::WKV_ISA

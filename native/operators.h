@@ -65,6 +65,9 @@ struct Operators {
   void (*token_mix)(const Tokens&, const TokenMix&, float* const* mixed, float* scratch, int threads);
   void (*token_mix_backward)(const Tokens&, const TokenMix&, const float* const* grads, const TokenMixGradients&,
                              float* scratch, int threads);
+  // (T, K) numbers each
+  void (*squared_relu)(const Tokens&, const float* x, float* y, int threads);
+  void (*squared_relu_backward)(const Tokens&, const float* x, const float* grad, float* dx, int threads);
 };
 
 namespace portable {

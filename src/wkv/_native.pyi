@@ -41,6 +41,7 @@ _Operator = Callable[[str, tuple[int, int, int, int, int], int, list[int], list[
 wkv4: _Operator
 wkv6: Callable[[str, tuple[int, int, int, int, int], int, list[int], list[int], bool, bool, int], None]
 wkv7: _Operator
+squared_relu: _Operator
 token_mix: Callable[[str, tuple[int, int, int, int, int], int, list[int], list[int], bool, bool, int], None]
 
 class Model:

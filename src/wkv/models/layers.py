@@ -7,16 +7,14 @@ checkpoint or `initialize` fills them, and no weight is written twice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..config import Config, HeadsConfig
-from ..ops import native
-from ..ops.cheap import made_by
+from ..ops import native, squared_relu
 from .recipe import Init, Layer, Recipe, ones, parameter, zeros
 
 NORM_EPS = 1e-5
@@ -124,31 +122,7 @@ class HeadNorm(nn.GroupNorm):
 
 def activation(config: Config, hidden: Tensor) -> Tensor:
     """relu(x)^2, or relu(x) where the config says so."""
-    if config.ffn_activation != "relu2":
-        return F.relu(hidden)
-    if not (torch.is_grad_enabled() and hidden.requires_grad):
-        return F.relu(hidden).square_()
-    squared, positive = _SquaredReLU.apply(hidden)  # type: ignore[no-untyped-call]
-    made_by([squared], [torch.square], positive)
-    return cast(Tensor, squared)
-
-
-class _SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 and relu(x), which is all that the gradient 2 relu(x) needs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        ctx.mark_non_differentiable(positive)
-        ctx.set_materialize_grads(False)
-        return positive.square(), positive
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return torch.addcmul(grad.new_zeros(()), positive, grad, value=2)  # one pass
+    return squared_relu(hidden) if config.ffn_activation == "relu2" else F.relu(hidden)
 
 
 class MatrixMemory(Layer):

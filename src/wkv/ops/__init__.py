@@ -2,6 +2,7 @@
 
     wkv4, wkv5, wkv6, wkv7    the time mixing of each generation
     token_mix                 each token mixed with its predecessor, carried from call to call
+    squared_relu              the activation of the channel mix
     cheap, cheap_again        what is computed again for the gradients instead of kept
     Segments                  several sequences in one row, each with a state of its own
     explain, use_backend      which implementation runs, and why
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import InputError
+from . import squared_relu as _squared_relu
 from . import token_mix as _token_mix
 from . import wkv4 as _wkv4
 from . import wkv5 as _wkv5
@@ -22,6 +24,7 @@ from . import wkv7 as _wkv7
 from .cheap import cheap, cheap_again
 from .dispatch import Call, Operator, use_backend
 from .segments import Segments
+from .squared_relu import squared_relu
 from .token_mix import token_mix
 from .wkv4 import wkv4
 from .wkv5 import wkv5
@@ -34,6 +37,7 @@ __all__ = [
     "cheap",
     "cheap_again",
     "explain",
+    "squared_relu",
     "token_mix",
     "use_backend",
     "wkv4",
@@ -43,7 +47,7 @@ __all__ = [
 ]
 
 OPERATORS: dict[str, Operator] = {
-    module.OPERATOR.name: module.OPERATOR for module in (_token_mix, _wkv4, _wkv5, _wkv6, _wkv7)
+    module.OPERATOR.name: module.OPERATOR for module in (_squared_relu, _token_mix, _wkv4, _wkv5, _wkv6, _wkv7)
 }
 
 

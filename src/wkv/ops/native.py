@@ -273,8 +273,21 @@ def refuses(call: Call) -> str | None:
 
 
 def empty_like(*tensors: Tensor) -> list[Tensor]:
-    """Contiguous tensors of these shapes, to be filled."""
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    """Contiguous tensors of these shapes, to be filled.
+
+    Large ones get some bytes more. The C library wants 96 more than an aligned block has, so that it never puts
+    a tensor where one of the same size has been: a step's memory would have a hole for every temporary.
+    """
+    return [_empty(x) for x in tensors]
+
+
+def _empty(x: Tensor) -> Tensor:
+    if x.numel() < _LARGE:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.numel() + _SLACK)[: x.numel()].view(x.shape)
+
+
+_LARGE, _SLACK = 2**16, 64  # numbers
 
 
 def wkv4(
@@ -313,6 +326,12 @@ def token_mix(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor], *, bac
     assert x is not None and weights is not None
     B, T, D = x.shape
     _operate("token_mix", (B, T, len(weights), D, 1), inputs, outputs, None, backward, weights.ndim == 4)
+
+
+def squared_relu(inputs: Sequence[Tensor], output: Tensor, *, backward: bool) -> None:
+    """The same for x, output y; backward: the gradient of x from that of y and x."""
+    F = max(1, output.shape[-1]) if output.ndim else 1
+    _operate("squared_relu", (1, output.numel() // F, 1, F, 1), inputs, [output], None, backward)
 
 
 def _operate(
