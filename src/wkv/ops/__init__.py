@@ -47,7 +47,8 @@ __all__ = [
 ]
 
 OPERATORS: dict[str, Operator] = {
-    module.OPERATOR.name: module.OPERATOR for module in (_squared_relu, _token_mix, _wkv4, _wkv5, _wkv6, _wkv7)
+    module.OPERATOR.name: module.OPERATOR
+    for module in (_squared_relu, _token_mix, _wkv4, _wkv5, _wkv6, _wkv7)
 }
 
 

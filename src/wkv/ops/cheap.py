@@ -106,7 +106,7 @@ class _View(NamedTuple):
     made: _Made
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
     def unpack(self) -> Tensor:
         return self.made.make().as_strided(self.shape, self.stride, self.offset)
@@ -114,7 +114,7 @@ class _View(NamedTuple):
 
 @dataclass
 class _Known:
-    """A storage, alive as long as any tensor or view of it; unlike an address nothing else can take its place."""
+    """A storage: it lives as long as any view of it, and unlike an address nothing else takes its place."""
 
     storage: StorageWeakRef
     dtype: torch.dtype

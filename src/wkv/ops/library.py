@@ -19,7 +19,7 @@ _REGISTRY = torch.library.Library("wkv", "DEF")
 
 
 def without_autocast(function: Function) -> Function:
-    """Decorator: `function`, whose first argument is a tensor or a list of them, keeps the dtypes that it is given.
+    """Decorator: `function`, whose first argument is a tensor or a list of tensors, keeps the dtypes given.
 
     Autocast reaches into every call, and would round the products in a sum that is float32 on purpose.
     """

@@ -275,8 +275,8 @@ def refuses(call: Call) -> str | None:
 def empty_like(*tensors: Tensor) -> list[Tensor]:
     """Contiguous tensors of these shapes, to be filled.
 
-    Large ones get some bytes more. The C library wants 96 more than an aligned block has, so that it never puts
-    a tensor where one of the same size has been: a step's memory would have a hole for every temporary.
+    Large ones get some bytes more. To align a block the C library wants 96 more than the block has, so it
+    never puts a tensor where one of the same size was: each temporary would leave a hole in a step's memory.
     """
     return [_empty(x) for x in tensors]
 
@@ -320,8 +320,8 @@ def wkv7(
 
 
 def token_mix(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor], *, backward: bool) -> None:
-    """Fill `outputs` (the mixes; backward: gradients of x, last, weights) from `inputs`: x, last, weights (n, D)
-    or (n, B, T, D), starts; backward then the gradients of the mixes."""
+    """Fill `outputs` (the mixes; backward: gradients of x, last, weights) from `inputs`: x, last, weights
+    (n, D) or (n, B, T, D), starts; backward then the gradients of the mixes."""
     x, _, weights, *_ = inputs
     assert x is not None and weights is not None
     B, T, D = x.shape

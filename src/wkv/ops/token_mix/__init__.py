@@ -39,7 +39,7 @@ def token_mix(
     segments: Segments | None = None,
     backend: str | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return x mixed with each token's predecessor, once per weight, and the input to carry into the next call.
+    """Return x mixed with each token's predecessor, once per weight, and the input for the next call.
 
     x         (B, T, D)
     last      (B, D), the newest input of the call before, dtype of x
@@ -47,9 +47,9 @@ def token_mix(
     towards   which of the two a weight of 1 takes: the predecessor ("before") or the token itself ("now")
     lengths   (B,) int64, valid tokens per row, or None for all T
     segments  sequences within the rows, in place of lengths: before the first token of each is zero
-    returns   n mixes (B, T, D), and the new `last` (B, D): row b's x at lengths[b] - 1; where that is none, the old
+    returns   n mixes (B, T, D), and the new `last` (B, D): row b's x at lengths[b] - 1, or the old one
 
-    Gradients reach all tensors. For them x, last and the weights are kept, and none of the mixes (`cheap_again`).
+    Gradients reach all tensors. For them x, last and the weights are kept, no mix where `cheap_again` is.
     InputError, StateError, BackendError.
     """
     if segments is not None and lengths is not None:
@@ -61,6 +61,8 @@ def token_mix(
     check_shapes("token_mix", (B, D), state=last)
     if not isinstance(weights, Tensor):
         weights = torch.cat([m.view(1, D) for m in weights])
+    elif weights.shape[1:] != x.shape:
+        raise InputError(f"token_mix: weights has shape {tuple(weights.shape)}", f"(n, {B}, {T}, {D})")
     row = OPERATOR.choose(make_call(T, 1, x.dtype, x, last, weights), backend)
     mixed = row.run(x, last, weights, starts, towards)
     each = [partial(_one, s, row, towards) for s in range(len(mixed))]

@@ -8,9 +8,7 @@ from .. import native
 from ..library import torch_operator
 
 
-def run(
-    x: Tensor, last: Tensor, weights: Tensor, starts: Tensor | None, towards: str
-) -> tuple[Tensor, ...]:
+def run(x: Tensor, last: Tensor, weights: Tensor, starts: Tensor | None, towards: str) -> tuple[Tensor, ...]:
     """Shapes as in `token_mix`, float32; weights (n, D) or (n, B, T, D), starts (B, T) bool or None."""
     return tuple(_forward(x, last, weights if towards == "before" else 1 - weights, starts))
 

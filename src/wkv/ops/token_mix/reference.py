@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def run(
-    x: Tensor, last: Tensor, weights: Tensor, starts: Tensor | None, towards: str
-) -> tuple[Tensor, ...]:
+def run(x: Tensor, last: Tensor, weights: Tensor, starts: Tensor | None, towards: str) -> tuple[Tensor, ...]:
     """Shapes as in `token_mix`; weights (n, D) or (n, B, T, D), starts (B, T) bool or None."""
     if torch.is_grad_enabled() and any(each.requires_grad for each in (x, last, weights)):
         mixed: tuple[Tensor, ...] = _Mix.apply(x, last, weights, starts, towards)  # type: ignore[no-untyped-call]
@@ -19,9 +17,7 @@ def run(
     return _mix(x, last, weights, starts, towards)
 
 
-def _mix(
-    x: Tensor, last: Tensor, weights: Tensor, starts: Tensor | None, towards: str
-) -> tuple[Tensor, ...]:
+def _mix(x: Tensor, last: Tensor, weights: Tensor, starts: Tensor | None, towards: str) -> tuple[Tensor, ...]:
     near, far = _ends(x, last, starts, towards)
     return tuple(torch.lerp(near, far, m) for m in weights)
 
