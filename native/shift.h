@@ -39,7 +39,7 @@ struct Shift {
 
 size_t token_mix_scratch(const Tokens& tokens, int threads) {
   const size_t K = tokens.K, pieces = size_t(tokens.B) * pieces_of_row(tokens);
-  return K + threads * (K + 16) + pieces * tokens.H * K;
+  return K + threads * 2 * (K + 16) + pieces * tokens.H * K;
 }
 
 void token_mix(const Tokens& tokens, const TokenMix& in, float* const* mixed, float* scratch, int threads) {
@@ -51,12 +51,15 @@ void token_mix(const Tokens& tokens, const TokenMix& in, float* const* mixed, fl
       for (int t = begin; t < end; ++t) {
         const int64_t at = shift.place(row, t);
         const float* before = shift.before(row, t);
-        for_eights(0, tokens.K, [&](int c, auto count) {
-          const f8 x = load(in.x + at + c, count), way = load(before + c, count) - x;
-          for (int s = 0; s < tokens.H; ++s) {
-            store(mixed[s] + at + c, multiply_add(way, load(shift.weights(s, at) + c, count), x), count);
-          }
-        });
+        const float* x = in.x + at;
+        for (int s = 0; s < tokens.H; ++s) {
+          const float* m = shift.weights(s, at);
+          float* y = mixed[s] + at;
+          for_eights(0, tokens.K, [=](int c, auto count) {
+            const f8 from = load(x + c, count);
+            store(y + c, multiply_add(load(before + c, count) - from, load(m + c, count), from), count);
+          });
+        }
       }
     });
   });
@@ -69,45 +72,46 @@ void token_mix_backward(const Tokens& tokens, const TokenMix& in, const float* c
   const int K = tokens.K, n = tokens.H, pieces = tokens.B * pieces_of_row(tokens);
   std::memset(scratch, 0, K * sizeof(float));
   const Shift shift{tokens, in, scratch};
-  float *carries = scratch + K, *partial = carries + threads * int64_t{K + 16};
+  float *carries = scratch + K, *partial = carries + threads * 2 * int64_t{K + 16};
   Tasks tasks(pieces);
   Pool::shared().run(threads, [&](Team& team) {
-    float* carry = carries + team.index() * int64_t{K + 16};
+    float *carry = carries + team.index() * 2 * int64_t{K + 16}, *wanted = carry + K + 16;
     shift.for_pieces(tasks, [&](int i, int row, int begin, int end) {
       float* sums = partial + int64_t{i} * n * K;
       std::memset(sums, 0, int64_t{n} * K * sizeof(float));
       std::memset(carry, 0, K * sizeof(float));
       if (end < tokens.T && !shift.is_first(row, end)) {
         const int64_t at = shift.place(row, end);
-        for_eights(0, K, [&](int c, auto count) {
-          f8 wanted{};
-          for (int s = 0; s < n; ++s) {
-            wanted = multiply_add(load(grads[s] + at + c, count), load(shift.weights(s, at) + c, count), wanted);
-          }
-          store(carry + c, wanted, count);
-        });
+        for (int s = 0; s < n; ++s) {
+          const float *grad = grads[s] + at, *m = shift.weights(s, at);
+          for_eights(0, K, [=](int c, auto count) {
+            store(carry + c, multiply_add(load(grad + c, count), load(m + c, count), load(carry + c, count)), count);
+          });
+        }
       }
       for (int t = end - 1; t >= begin; --t) {
         const int64_t at = shift.place(row, t);
-        const float* before = shift.before(row, t);
-        const bool is_first = shift.is_first(row, t);
-        for_eights(0, K, [&](int c, auto count) {
-          const f8 way = load(before + c, count) - load(in.x + at + c, count);
-          f8 whole{}, wanted{};
-          for (int s = 0; s < n; ++s) {
-            const f8 grad = load(grads[s] + at + c, count);
-            whole += grad;
-            wanted = multiply_add(grad, load(shift.weights(s, at) + c, count), wanted);
-            float* sum = sums + int64_t{s} * K + c;
-            if (in.each_token) {
-              store(out.weights + shift.mix(s) + at + c, grad * way, count);
-            } else {
-              store(sum, multiply_add(grad, way, load(sum, count)), count);
-            }
-          }
-          store(out.x + at + c, (whole - wanted) + load(carry + c, count), count);
-          store(carry + c, is_first ? f8{} : wanted, count);
-        });
+        const float *x = in.x + at, *before = shift.before(row, t);
+        std::memset(wanted, 0, K * sizeof(float));
+        float* dx = out.x + at;
+        std::memcpy(dx, carry, K * sizeof(float));
+        for (int s = 0; s < n; ++s) {
+          const float *grad = grads[s] + at, *m = shift.weights(s, at);
+          float* sum = sums + int64_t{s} * K;
+          float* dm = in.each_token ? out.weights + shift.mix(s) + at : sum;
+          for_eights(0, K, [=](int c, auto count) {
+            const f8 g = load(grad + c, count), back = g * load(m + c, count);
+            const f8 d = g * (load(before + c, count) - load(x + c, count));
+            store(wanted + c, load(wanted + c, count) + back, count);
+            store(dx + c, load(dx + c, count) + (g - back), count);
+            store(dm + c, d + load(sum + c, count), count);
+          });
+        }
+        if (shift.is_first(row, t)) {
+          std::memset(carry, 0, K * sizeof(float));
+        } else {
+          std::swap(carry, wanted);
+        }
       }
       if (begin == 0) std::memcpy(out.last + int64_t{row} * K, carry, K * sizeof(float));
     });

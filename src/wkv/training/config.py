@@ -108,8 +108,8 @@ class TrainConfig(Settings):
     precision
         float32, or bfloat16 for the products (weights and sums stay float32)
     recompute
-        what is computed again for the gradients, to save memory: all but the matrix products (cheap), or
-        whole blocks, which saves most
+        what is computed again for the gradients, to save memory: nothing, what one pass over it gives (cheap),
+        or whole blocks, which saves most and costs a forward pass
     compile
         let torch.compile fuse operations; needs a C++ compiler
     parallel
