@@ -71,8 +71,8 @@ def test_what_blocks_keep_for_the_backward_does_not_grow_with_what_they_compute(
     assert kept() < 0.3 * whole
 
 
-# Numbers per token and channel that a block keeps, dim_ffn being four times the width. Of the channel mix: what
-# the norm read and gave, and the input of the activation (4); in RWKV-4 the gate and what it gates.
+# Numbers per token and channel that a block keeps, dim_ffn being four times the width. Of the channel mix:
+# what the norm read and gave, and the input of the activation (4); in RWKV-4 the gate and what it gates.
 MOST = {"4": 14.5, "7": 30.0}
 
 

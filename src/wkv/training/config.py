@@ -108,7 +108,7 @@ class TrainConfig(Settings):
     precision
         float32, or bfloat16 for the products (weights and sums stay float32)
     recompute
-        what is computed again for the gradients, to save memory: nothing, what one pass over it gives (cheap),
+        what is computed again for the gradients, to save memory: nothing, what a single pass gives (cheap),
         or whole blocks, which saves most and costs a forward pass
     compile
         let torch.compile fuse operations; needs a C++ compiler
