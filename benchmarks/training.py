@@ -1,6 +1,6 @@
 """Training steps of RWKV-4, 6 and 7 and of a GPT with as many parameters, side by side.
 
-    python benchmarks/training.py [--threads 2] [--rounds 3] [--models rwkv4 rwkv7] [--recompute cheap]
+    python benchmarks/training.py [--threads 2] [--rounds 3] [--models rwkv4 rwkv7] [--recompute nothing]
     python benchmarks/training.py --profile
 
 6 layers of width 512, vocabulary 8192, float32. A step is forward, backward and AdamW, with the same loss
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--recompute", choices=("nothing", "cheap", "blocks"), default="nothing")
+    parser.add_argument("--recompute", choices=("nothing", "cheap", "blocks"), default="cheap")
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--measure-memory", nargs=3, metavar=("MODEL", "B", "T"), help=argparse.SUPPRESS)

@@ -333,7 +333,8 @@ void operate(const std::string& name, const Sizes& sizes, Address lengths, const
   const Tokens tokens{B, T, H, K, V, reinterpret_cast<const int64_t*>(lengths)};
   const auto in = [&](size_t i) { return reinterpret_cast<const float*>(inputs.at(i)); };
   const auto out = [&](size_t i) { return reinterpret_cast<float*>(outputs.at(i)); };
-  const Scratch scratch((chosen.*floats)(tokens, checked(threads)));
+  checked(threads);
+  const Scratch scratch(floats ? (chosen.*floats)(tokens, threads) : 0);
   use(chosen, tokens, in, out, scratch.floats());
 }
 
@@ -380,6 +381,32 @@ void time_mix7(const std::string& name, Sizes sizes, Address lengths, const std:
   });
 }
 
+void token_mix(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
+               const std::vector<Address>& outputs, bool backward, bool each_token, int threads) {
+  operate(name, sizes, lengths, inputs, outputs, threads, &Operators::token_mix_scratch,
+          [&](auto& chosen, auto& tokens, auto in, auto out, float* free) {
+    const TokenMix arrays{in(0), in(1), in(2), reinterpret_cast<const bool*>(in(3)), each_token};
+    const size_t n = static_cast<size_t>(tokens.H);
+    if (!backward) {
+      std::vector<float*> mixed(n);
+      for (size_t s = 0; s < n; ++s) mixed[s] = out(s);
+      return chosen.token_mix(tokens, arrays, mixed.data(), free, threads);
+    }
+    std::vector<const float*> grads(n);
+    for (size_t s = 0; s < n; ++s) grads[s] = in(4 + s);
+    chosen.token_mix_backward(tokens, arrays, grads.data(), {out(0), out(1), out(2)}, free, threads);
+  });
+}
+
+void squared_relu(const std::string& name, Sizes sizes, Address lengths, const std::vector<Address>& inputs,
+                  const std::vector<Address>& outputs, bool backward, int threads) {
+  operate(name, sizes, lengths, inputs, outputs, threads, nullptr,
+          [&](auto& chosen, auto& tokens, auto in, auto out, float*) {
+    if (!backward) return chosen.squared_relu(tokens, in(0), out(0), threads);
+    chosen.squared_relu_backward(tokens, in(1), in(0), out(0), threads);
+  });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -393,6 +420,8 @@ NB_MODULE(_native, m) {
   m.def("wkv6", &wkv6);
   m.def("wkv7", &wkv7);
   m.def("time_mix7", &time_mix7);
+  m.def("token_mix", &token_mix);
+  m.def("squared_relu", &squared_relu);
   m.def("handover", &handover);
   m.def("borrows", &Pool::borrows);
   nb::class_<CompiledModel>(m, "Model")

@@ -41,6 +41,8 @@ class Tasks {
   std::atomic<int> next_{0};
 };
 
+#include "elementwise.h"
+#include "shift.h"
 #include "wkv4.h"
 #include "wkv67.h"
 #include "time_mix7.h"
@@ -51,9 +53,11 @@ size_t wkv4_scratch(const Tokens& tokens, int threads) { return threads * (wkv4_
 
 extern const Operators operators;
 const Operators operators = {
-    wkv4_scratch,  heads_scratch<Ends6>, heads_scratch<Ends7>, heads_scratch<TimeMix7Ends>,
-    wkv4,          wkv4_backward,        wkv6,                 wkv6_backward,
-    wkv7,          wkv7_backward,        time_mix7,            time_mix7_backward,
+    wkv4_scratch,       heads_scratch<Ends6>, heads_scratch<Ends7>, heads_scratch<TimeMix7Ends>,
+    token_mix_scratch,  wkv4,                 wkv4_backward,        wkv6,
+    wkv6_backward,      wkv7,                 wkv7_backward,        time_mix7,
+    time_mix7_backward, token_mix,            token_mix_backward,   squared_relu,
+    squared_relu_backward,
 };
 
 }  // namespace wkv::WKV_ISA

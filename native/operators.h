@@ -6,7 +6,7 @@
 
 namespace wkv {
 
-// B rows of T tokens, contiguous. Of wkv4 H = V = 1, and K are the channels.
+// B rows of T tokens, contiguous. Of wkv4 H = V = 1, and K are the channels; of token_mix too, and H are the mixes.
 struct Tokens {
   int B, T, H, K, V;
   const int64_t* lengths;  // (B,) valid tokens of each row, or null: all T
@@ -52,11 +52,21 @@ struct TimeMix7Gradients {
 };
 constexpr int kTimeMix7Parameters = 8;
 
+struct TokenMix {
+  const float *x, *last, *weights;
+  const bool* starts;  // (B, T), or null: before such a token is zero
+  bool each_token;     // the weights are (H, B, T, K), not (H, K)
+};
+struct TokenMixGradients {
+  float *x, *last, *weights;
+};
+
 struct Operators {
   size_t (*wkv4_scratch)(const Tokens&, int threads);  // in floats
   size_t (*wkv6_scratch)(const Tokens&, int threads);
   size_t (*wkv7_scratch)(const Tokens&, int threads);
   size_t (*time_mix7_scratch)(const Tokens&, int threads);
+  size_t (*token_mix_scratch)(const Tokens&, int threads);
   void (*wkv4)(const Tokens&, const Wkv4&, float* y, float* state, float* scratch, int threads);
   void (*wkv4_backward)(const Tokens&, const Wkv4&, const float* dy, const float* dstate, const Wkv4Gradients&,
                         float* scratch, int threads);
@@ -69,6 +79,12 @@ struct Operators {
   void (*time_mix7)(const Tokens&, const TimeMix7Inputs&, float* y, float* state, float* scratch, int threads);
   void (*time_mix7_backward)(const Tokens&, const TimeMix7Inputs&, const float* dy, const float* dstate,
                              const TimeMix7Gradients&, float* scratch, int threads);
+  void (*token_mix)(const Tokens&, const TokenMix&, float* const* mixed, float* scratch, int threads);
+  void (*token_mix_backward)(const Tokens&, const TokenMix&, const float* const* grads, const TokenMixGradients&,
+                             float* scratch, int threads);
+  // (T, K) numbers each
+  void (*squared_relu)(const Tokens&, const float* x, float* y, int threads);
+  void (*squared_relu_backward)(const Tokens&, const float* x, const float* grad, float* dx, int threads);
 };
 
 namespace portable {

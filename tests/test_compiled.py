@@ -24,6 +24,7 @@ from wkv.errors import BackendError, InputError, StateError
 from wkv.models import RWKV, compiled, rwkv7
 from wkv.models.quantized import quantize
 from wkv.ops import native, use_backend
+from wkv.ops.dispatch import Operator
 from wkv.state import LayerState, State
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no engine: {native.why_not()}")
@@ -130,7 +131,7 @@ def test_logits_and_states_are_those_of_the_equations(engine: str, shape: str, d
     expected, plain, found = run(exact, "reference"), run(model, "reference"), run(model, "native")
     for ours, theirs, value in zip(found, plain, expected, strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        assert error(ours, value) <= 3 * error(theirs, value) + torch.finfo(dtype).eps
+        assert error(ours, value) <= 4 * (error(theirs, value) + torch.finfo(dtype).eps)
 
 
 ROWS = ["4 odd", "5.0", "5.1", "5.2 heads of 12", "6", "6 heads of 12", "7", "7 heads of 12"]
@@ -494,6 +495,7 @@ def test_without_the_extension_torch_does_it_all(monkeypatch: pytest.MonkeyPatch
     tokens = random_tokens(model, 2, 6)
     expected, _ = native_run(model, tokens)
     monkeypatch.setattr(native, "_load", lambda: "it was not built")
+    monkeypatch.setattr(Operator, "_choose", Operator._choose.__wrapped__)  # which remembers another answer
     plain = small_model(SHAPES["7"], dtype=torch.float32)  # whose matrices lie as torch wants them
     assert plain.head.weight.mT.is_contiguous()
     assert error(plain(tokens)[0], expected) < ROUNDING[torch.float32]

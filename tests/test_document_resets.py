@@ -24,7 +24,7 @@ LEARNED_START: dict[str, Any] = {
     for name in ("5.2", "6", "7")
 }
 MODELS: dict[str, Any] = {**CONFIGS, **LEARNED_START}
-ROWS = [(name, row.name) for name, operator in ops.OPERATORS.items() for row in operator.backends]
+ROWS = [(name, row.name) for name in OPERATORS for row in ops.OPERATORS[name].backends]
 EXACT = 1e-10
 
 

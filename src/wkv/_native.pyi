@@ -42,6 +42,8 @@ wkv4: _Operator
 wkv6: Callable[[str, tuple[int, int, int, int, int], int, list[int], list[int], bool, bool, int], None]
 wkv7: _Operator
 time_mix7: Callable[[str, tuple[int, int, int, int, int], int, list[int], list[int], bool, float, int], None]
+squared_relu: _Operator
+token_mix: Callable[[str, tuple[int, int, int, int, int], int, list[int], list[int], bool, bool, int], None]
 
 class Model:
     def __init__(

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from ..config import Config, Recompute
 from ..errors import BackendError, InputError, StateError
-from ..ops import Segments
+from ..ops import Segments, cheap_again
 from ..ops.common import sum_dtype
 from ..ops.dispatch import named_backend
 from ..state import LayerState, State
@@ -103,17 +103,6 @@ class Block(nn.Module):
         return out, None, last, memory
 
 
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-
-
-def _keep_products() -> Any:
-    def policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-        kept = operator in _PRODUCTS
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
 class RWKV(nn.Module):
     """A language model of one generation: `RWKV4`, `RWKV5`, `RWKV6` or `RWKV7`.
 
@@ -129,7 +118,7 @@ class RWKV(nn.Module):
         super().__init__()
         self.config = config
         self.quantization: str | None = None  # "int8" or "int4": see `quantized.py`
-        self.recompute: Recompute = "nothing"
+        self.recompute: Recompute = "cheap"
         V, D = config.vocab_size, config.n_embd
         self.emb = Embedding(V, D, init=uniform(self.embedding_bound))
         self.blocks = nn.ModuleList(self.block(config, layer) for layer in range(config.n_layer))
@@ -215,18 +204,20 @@ class RWKV(nn.Module):
         """`block` on its inputs. For the gradients it keeps what `recompute` does not say is computed again:
 
         "nothing"  all that the gradients need
-        "cheap"    the results of matrix products, which are what takes long to compute
+        "cheap"    what takes long to compute, such as products: not what one pass over it gives
         "blocks"   the block's inputs
 
-        The gradients are the same bits.
+        The gradients are the same bits. torch.compile decides such things itself: there "cheap" is "nothing".
         """
         inputs = x, v_first, layer, segments
-        if self.recompute == "nothing" or not torch.is_grad_enabled():
-            return cast("tuple[Tensor, Tensor | None, LayerState]", block(*inputs))
-        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        if self.recompute == "cheap":
-            how["context_fn"] = _keep_products
-        return cast("tuple[Tensor, Tensor | None, LayerState]", checkpoint(block, *inputs, **how))
+        if self.recompute == "blocks" and torch.is_grad_enabled():
+            found = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        elif self.recompute == "cheap" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with cheap_again():
+                found = block(*inputs)
+        else:
+            found = block(*inputs)
+        return cast("tuple[Tensor, Tensor | None, LayerState]", found)
 
     def _read_compiled(
         self,

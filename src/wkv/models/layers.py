@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config, HeadsConfig
-from ..ops import native
+from ..ops import native, squared_relu
 from .recipe import Init, Layer, Recipe, ones, parameter, zeros
 
 NORM_EPS = 1e-5
@@ -122,8 +122,7 @@ class HeadNorm(nn.GroupNorm):
 
 def activation(config: Config, hidden: Tensor) -> Tensor:
     """relu(x)^2, or relu(x) where the config says so."""
-    hidden = F.relu(hidden)
-    return hidden.square() if config.ffn_activation == "relu2" else hidden
+    return squared_relu(hidden) if config.ffn_activation == "relu2" else F.relu(hidden)
 
 
 class MatrixMemory(Layer):

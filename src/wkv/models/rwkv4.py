@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..config import RWKV4Config
-from ..ops import Segments, mix, token_shift, wkv4
+from ..ops import Segments, cheap, token_mix, wkv4
 from ..ops.wkv4 import EMPTY
 from .base import RWKV, Block
 from .layers import Linear, activation
@@ -67,14 +67,14 @@ class TimeMix(Layer):
         self, x_BTD: Tensor, last_BD: Tensor, memory_B3A: Tensor, segments: Segments | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixed tokens, and what the next call needs: last_BD, memory_B3A."""
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        xk, xv, xr = mix(before_BTD, x_BTD, self.time_mix_k, self.time_mix_v, self.time_mix_r)
+        mixes = self.time_mix_k, self.time_mix_v, self.time_mix_r
+        (xk, xv, xr), last_BD = token_mix(x_BTD, last_BD, mixes, towards="now", segments=segments)
         k, v, r = self.key(xk), self.value(xv), torch.sigmoid(self.receptance(xr))
 
         # float32: an exponential of an exponential of the parameter, which bfloat16 would round to steps.
         log_w = -torch.exp(self.time_decay.to(memory_B3A.dtype))
         wkv, memory_B3A = wkv4(log_w, self.time_first, k, v, memory_B3A, segments=segments)
-        return self.output(r * wkv.to(r.dtype)), last_BD, memory_B3A
+        return self.output(cheap(torch.mul, r, wkv.to(r.dtype))), last_BD, memory_B3A
 
 
 class ChannelMix(Layer):
@@ -89,10 +89,10 @@ class ChannelMix(Layer):
         self.value = Linear(config.dim_ffn, D, init=zeros, sparse=True)
 
     def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        xk, xr = mix(before_BTD, x_BTD, self.time_mix_k, self.time_mix_r)
-        hidden, gate = self.key(xk), torch.sigmoid(self.receptance(xr))
-        return gate * self.value(activation(self.config, hidden)), last_BD
+        mixes = self.time_mix_k, self.time_mix_r
+        (xk, xr), last_BD = token_mix(x_BTD, last_BD, mixes, towards="now", segments=segments)
+        hidden = activation(self.config, self.key(xk))
+        return torch.sigmoid(self.receptance(xr)) * self.value(hidden), last_BD
 
 
 class RWKV4Block(Block):

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import RWKV5Config
-from ..ops import Segments, mix, token_shift, wkv5
+from ..ops import Segments, token_mix, wkv5
 from .base import RWKV, Block
 from .layers import HeadNorm, Linear, MatrixMemory, activation
 from .recipe import Layer, constant, depth, orthogonal, parameter, per_channel, zeros
@@ -80,11 +80,10 @@ class TimeMix(MatrixMemory):
         self, x_BTD: Tensor, last_BD: Tensor, memory_BHVK: Tensor, segments: Segments | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixed tokens, and what the next call needs: last_BD, memory_BHVK."""
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
         mixes = [self.time_mix_r, self.time_mix_k, self.time_mix_v]
         if self.has_gate:
             mixes.append(self.time_mix_g)
-        xr, xk, xv, *xg = mix(before_BTD, x_BTD, *mixes)
+        (xr, xk, xv, *xg), last_BD = token_mix(x_BTD, last_BD, mixes, towards="now", segments=segments)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
 
         log_w_HK, u_HK = self.decay_and_bonus(memory_BHVK.dtype)
@@ -116,10 +115,10 @@ class ChannelMix(Layer):
         self.value = Linear(config.dim_ffn, D, init=zeros, sparse=True)
 
     def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        xk, xr = mix(before_BTD, x_BTD, self.time_mix_k, self.time_mix_r)
-        hidden, gate = self.key(xk), torch.sigmoid(self.receptance(xr))
-        return gate * self.value(activation(self.config, hidden)), last_BD
+        mixes = self.time_mix_k, self.time_mix_r
+        (xk, xr), last_BD = token_mix(x_BTD, last_BD, mixes, towards="now", segments=segments)
+        hidden = activation(self.config, self.key(xk))
+        return torch.sigmoid(self.receptance(xr)) * self.value(hidden), last_BD
 
 
 class RWKV5Block(Block):

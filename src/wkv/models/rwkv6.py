@@ -25,12 +25,14 @@ BlinkDL/RWKV-LM, RWKV-v5/src/model.py (x060).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import RWKV6Config
-from ..ops import Segments, mix, token_shift, wkv6
+from ..ops import Segments, token_mix, wkv6
 from .base import RWKV, Block
 from .layers import HeadNorm, Linear, MatrixMemory, activation
 from .recipe import Layer, constant, depth, orthogonal, parameter, per_channel, uniform, zeros
@@ -78,15 +80,12 @@ class TimeMix(MatrixMemory):
         self, x_BTD: Tensor, last_BD: Tensor, memory_BHVK: Tensor, segments: Segments | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixed tokens, and what the next call needs: last_BD, memory_BHVK."""
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        d_BTD = before_BTD - x_BTD
-        low_rank = torch.tanh((x_BTD + d_BTD * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))
-        m_w, m_k, m_v, m_r, m_g = torch.einsum("BTsr,srD->sBTD", low_rank, self.time_maa_w2)
-        xw = x_BTD + d_BTD * (self.time_maa_w + m_w)
-        xk = x_BTD + d_BTD * (self.time_maa_k + m_k)
-        xv = x_BTD + d_BTD * (self.time_maa_v + m_v)
-        xr = x_BTD + d_BTD * (self.time_maa_r + m_r)
-        xg = x_BTD + d_BTD * (self.time_maa_g + m_g)
+        mix = partial(token_mix, x_BTD, last_BD, towards="before", segments=segments)
+        (xx,), _ = mix([self.time_maa_x])
+        low_rank = torch.tanh(xx @ self.time_maa_w1).unflatten(-1, (5, -1))
+        m_sBTD = torch.einsum("BTsr,srD->sBTD", low_rank, self.time_maa_w2)
+        maa = self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g
+        (xw, xk, xv, xr, xg), last_BD = mix(torch.stack(maa) + m_sBTD)
 
         r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), F.silu(self.gate(xg))
         # float32 before the two exponentials: they would turn a rounding of w into a different half-life.
@@ -112,10 +111,10 @@ class ChannelMix(Layer):
         self.value = Linear(config.dim_ffn, D, init=zeros, sparse=True)
 
     def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        xk, xr = mix(x_BTD, before_BTD, self.time_maa_k, self.time_maa_r)
-        hidden, gate = self.key(xk), torch.sigmoid(self.receptance(xr))
-        return gate * self.value(activation(self.config, hidden)), last_BD
+        mixes = self.time_maa_k, self.time_maa_r
+        (xk, xr), last_BD = token_mix(x_BTD, last_BD, mixes, towards="before", segments=segments)
+        hidden = activation(self.config, self.key(xk))
+        return torch.sigmoid(self.receptance(xr)) * self.value(hidden), last_BD
 
 
 class RWKV6Block(Block):

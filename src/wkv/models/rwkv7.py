@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..config import RWKV7Config
-from ..ops import Segments, mix, time_mix7, token_shift
+from ..ops import Segments, time_mix7, token_mix
 from ..state import LayerState
 from .base import RWKV, Block
 from .layers import HeadNorm, Linear, MatrixMemory, activation
@@ -103,11 +103,9 @@ class TimeMix(MatrixMemory):
         segments: Segments | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the mixed tokens, layer 0's values, and what the next call needs: last_BD, memory_BHVK."""
-        B, T, D = x_BTD.shape
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        mixes = (m.view(D) for m in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
-        x, before = x_BTD.reshape(-1, D), before_BTD.reshape(-1, D)  # a row per token
-        xr, xw, xk, xv, xa, xg = (mixed.view(B, T, D) for mixed in mix(x, before, *mixes))
+        mixes = self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
+        mixed, last_BD = token_mix(x_BTD, last_BD, mixes, towards="before", segments=segments)
+        xr, xw, xk, xv, xa, xg = mixed
 
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = torch.tanh(xw @ self.w1) @ self.w2
@@ -137,10 +135,8 @@ class ChannelMix(Layer):
         self.value = Linear(config.dim_ffn, D, init=zeros, sparse=True)
 
     def forward(self, x_BTD: Tensor, last_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-        before_BTD, last_BD = token_shift(x_BTD, last_BD, segments=segments)
-        (xk,) = mix(x_BTD, before_BTD, self.x_k)
-        hidden = self.key(xk)
-        return self.value(activation(self.config, hidden)), last_BD
+        (xk,), last_BD = token_mix(x_BTD, last_BD, [self.x_k], towards="before", segments=segments)
+        return self.value(activation(self.config, self.key(xk))), last_BD
 
 
 class RWKV7Block(Block):

@@ -19,14 +19,15 @@ _REGISTRY = torch.library.Library("wkv", "DEF")
 
 
 def without_autocast(function: Function) -> Function:
-    """Decorator: `function`, whose first argument is a tensor, keeps the dtypes that it is given.
+    """Decorator: `function`, whose first argument is a tensor or a list of tensors, keeps the dtypes given.
 
     Autocast reaches into every call, and would round the products in a sum that is float32 on purpose.
     """
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        device = arguments[0].device.type
+        first = arguments[0]
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
         if not torch.is_autocast_enabled(device):
             return function(*arguments)
         with torch.autocast(device, enabled=False):

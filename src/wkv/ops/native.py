@@ -6,7 +6,7 @@ operators wkv4 to wkv7 forward and backward.
     instruction_sets()    all that there are, and why one does not run here
     product(x, W)         x W^T
     Model(...)            a whole model; `wkv.models.compiled` builds it
-    wkv4, wkv6, wkv7, time_mix7
+    wkv4, wkv6, wkv7, time_mix7, token_mix, squared_relu
                           the operators on plain tensors; the rows "native" of `wkv.ops` call them
 
 Nothing here is needed: without the extension (an installation without a compiler) torch does it all, more
@@ -273,8 +273,21 @@ def refuses(call: Call) -> str | None:
 
 
 def empty_like(*tensors: Tensor) -> list[Tensor]:
-    """Contiguous tensors of these shapes, to be filled."""
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    """Contiguous tensors of these shapes, to be filled.
+
+    Large ones get some bytes more. To align a block the C library wants 96 more than the block has, so it
+    never puts a tensor where one of the same size was: each temporary would leave a hole in a step's memory.
+    """
+    return [_empty(x) for x in tensors]
+
+
+def _empty(x: Tensor) -> Tensor:
+    if x.numel() < _LARGE:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.numel() + _SLACK)[: x.numel()].view(x.shape)
+
+
+_LARGE, _SLACK = 2**16, 64  # numbers
 
 
 def wkv4(
@@ -321,6 +334,21 @@ def time_mix7(
     _operate("time_mix7", (B, T, *state.shape[1:]), inputs, outputs, lengths, backward, eps)
 
 
+def token_mix(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor], *, backward: bool) -> None:
+    """Fill `outputs` (the mixes; backward: gradients of x, last, weights) from `inputs`: x, last, weights
+    (n, D) or (n, B, T, D), starts; backward then the gradients of the mixes."""
+    x, _, weights, *_ = inputs
+    assert x is not None and weights is not None
+    B, T, D = x.shape
+    _operate("token_mix", (B, T, len(weights), D, 1), inputs, outputs, None, backward, weights.ndim == 4)
+
+
+def squared_relu(inputs: Sequence[Tensor], output: Tensor, *, backward: bool) -> None:
+    """The same for x, output y; backward: the gradient of x from that of y and x."""
+    F = max(1, output.shape[-1]) if output.ndim else 1
+    _operate("squared_relu", (1, output.numel() // F, 1, F, 1), inputs, [output], None, backward)
+
+
 def _operate(
     name: str,
     sizes: tuple[int, ...],
@@ -330,11 +358,11 @@ def _operate(
     *options: float,
 ) -> None:
     """float32 each, None where there is none; the outputs contiguous, the inputs made so."""
-    inputs = [None if x is None else x.contiguous() for x in inputs]
-    places = [[0 if x is None else x.data_ptr() for x in tensors] for tensors in (inputs, outputs)]
-    rows = None if lengths is None else lengths.contiguous()
+    read = [None if x is None else x.contiguous() for x in (lengths, *inputs)]
+    rows, *places = (0 if x is None else x.data_ptr() for x in read)
     run = getattr(_engine(), name)
-    run(engines()[0], sizes, 0 if rows is None else rows.data_ptr(), *places, *options, threads())
+    filled = [0 if x is None else x.data_ptr() for x in outputs]
+    run(engines()[0], sizes, rows, places, filled, *options, threads())
 
 
 def _place(part: Stored | int) -> tuple[int, int, bool] | int:

@@ -108,8 +108,8 @@ class TrainConfig(Settings):
     precision
         float32, or bfloat16 for the products (weights and sums stay float32)
     recompute
-        what is computed again for the gradients, to save memory: all but the matrix products (cheap), or
-        whole blocks, which saves most
+        what is computed again for the gradients, to save memory: nothing, what a single pass gives (cheap),
+        or whole blocks, which saves most and costs a forward pass
     compile
         let torch.compile fuse operations; needs a C++ compiler
     parallel
@@ -157,7 +157,7 @@ class TrainConfig(Settings):
     l2wrap: float = between(1e-4, 0)
     micro_batch: int | None = between(None, 1)
     precision: Literal["float32", "bfloat16"] = "float32"
-    recompute: Recompute = "nothing"
+    recompute: Recompute = "cheap"
     compile: bool = False
     parallel: Literal["replicate", "shard", "context"] = "replicate"
     shard_over: int | None = between(None, 1)
