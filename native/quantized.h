@@ -88,7 +88,7 @@ struct Bits8 {
   }
   // The products of a group with R rows of x, in eight sums each.
   template <int R>
-  static void multiply(const uint8_t* group, const int8_t* x, int64_t ldx, i8 (&sums)[R]) {
+  [[gnu::always_inline]] static void multiply(const uint8_t* group, const int8_t* x, int64_t ldx, i8 (&sums)[R]) {
     s8 w[2];
     unpack(group, w);
     for (int r = 0; r < R; ++r) {
@@ -105,7 +105,7 @@ struct Bits4 {
     to[1] = reinterpret_cast<s8>(high_halves(both));
   }
   template <int R>
-  static void multiply(const uint8_t* group, const int8_t* x, int64_t ldx, i8 (&sums)[R]) {
+  [[gnu::always_inline]] static void multiply(const uint8_t* group, const int8_t* x, int64_t ldx, i8 (&sums)[R]) {
     const u8_bytes both = load(group), low = low_halves(both), high = high_halves(both);
     for (int r = 0; r < R; ++r) {
       sums[r] = multiply_small_fours(low, load(x + r * ldx), high, load(x + r * ldx + kHalf));
@@ -170,22 +170,24 @@ inline void round_row(const float* x, int inputs, int offset, const Rounded& to)
 
 // --- by output: few rows ------------------------------------------------------------------------------------------
 
+using Four = std::integral_constant<int, 4>;  // as in rows of 768: worth code of its own
+
 constexpr int kAhead = 1024;  // bytes between what is multiplied and what is asked for
 
 inline i8 add_neighbours(i8 a, i8 b) {
   return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
-// The groups from g on, as far as there are: their eight sums each become one.
-template <class Bits, int R>
-inline void sum_groups(const uint8_t* group, int count, const int8_t* x, int64_t ldx, i8 (&sums)[R]) {
-  const auto two = [&](int i, i8 (&to)[R]) {
+// The groups from this on, as far as there are: their eight sums each become one.
+template <class Bits, class Count, int R>
+[[gnu::always_inline]] inline void sum_groups(const uint8_t* group, Count count, const int8_t* x, int64_t ldx, i8 (&sums)[R]) {
+  const auto two = [&](int i, i8 (&to)[R]) __attribute__((always_inline)) {
     i8 a[R] = {}, b[R] = {};
     if (i < count) Bits::multiply(group + i * Bits::kBytes, x + i * kGroup, ldx, a);
     if (i + 1 < count) Bits::multiply(group + (i + 1) * Bits::kBytes, x + (i + 1) * kGroup, ldx, b);
     for (int r = 0; r < R; ++r) to[r] = add_neighbours(a[r], b[r]);
   };
-  const auto four = [&](int i, i8 (&to)[R]) {
+  const auto four = [&](int i, i8 (&to)[R]) __attribute__((always_inline)) {
     i8 a[R], b[R];
     two(i, a);
     two(i + 2, b);
@@ -209,7 +211,7 @@ void quantized_dots(const Matrix& W, const Rounded& x, float* y, Range outputs) 
   for (int o = outputs.begin; o < outputs.end; ++o) {
     const auto* scales = static_cast<const BFloat16*>(W.scales) + int64_t{o} * n;
     f8 total[R] = {};
-    const auto eight = [&](int g, int count, f8 of_weights) {
+    const auto eight = [&](int g, auto count, f8 of_weights) __attribute__((always_inline)) {
       for (int line = 0; line < count * Bits::kBytes; line += 64) __builtin_prefetch(group + line + kAhead);
       i8 whole[R];
       sum_groups<Bits>(group, count, x.numbers + g * kGroup, x.stride, whole);
@@ -220,10 +222,12 @@ void quantized_dots(const Matrix& W, const Rounded& x, float* y, Range outputs) 
         total[r] = multiply_add(__builtin_convertvector(whole[r], f8), scale, total[r]);
       }
     };
-    for (int g = 0; g + kSums <= n; g += kSums) eight(g, kSums, load(scales + g));
+    for (int g = 0; g + kSums <= n; g += kSums) eight(g, Eight{}, load(scales + g));
     if (last) {  // what follows are scales of the next output, unless there is none
-      const f8 some = o + 1 < W.outputs && n >= kSums ? load(scales + n - last) : load(scales + n - last, last);
-      eight(n - last, last, reinterpret_cast<f8>(reinterpret_cast<i8>(some) & valid));
+      const bool is_inside = o + 1 < W.outputs && n >= kSums;
+      const f8 some = is_inside ? load(scales + n - last) : load(scales + n - last, last);
+      const f8 masked = reinterpret_cast<f8>(reinterpret_cast<i8>(some) & valid);
+      last == 4 ? eight(n - 4, Four{}, masked) : eight(n - last, last, masked);
     }
     for (int r = 0; r < R; ++r) y[int64_t{r} * W.outputs + o] = sum(total[r]);
   }
