@@ -543,11 +543,11 @@ def main() -> None:
         records += found
         cosines |= {(model, engine): cosine for engine, cosine in agreement.items()}
         versions |= made_of
-    text = report(records, cosines, versions, missing)
+        text = report(records, cosines, versions, missing)
+        if given.markdown is not None:  # after every model: an interrupted run leaves what it has
+            with atomic_write(given.markdown) as file:
+                file.write(text.encode())
     print(text)
-    if given.markdown is not None:
-        with atomic_write(given.markdown) as file:
-            file.write(text.encode())
 
 
 if __name__ == "__main__":

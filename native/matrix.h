@@ -27,25 +27,28 @@ inline void with_format(const Array& array, Use&& use) {
   }
 }
 
-// --- by output ----------------------------------------------------------------------------------------------
+// --- by output: few rows -----------------------------------------------------------------------------------------
 
-constexpr int kChains = 2;      // vectors of sums: with one, each addition would wait for the one before
-constexpr int kPrefetch = 1024;  // bytes between what a single row multiplies and what is asked for
+constexpr int kChains = 2;         // vectors of sums: with one, each addition would wait for the one before
+constexpr int kPrefetch = 1024;    // bytes between what is multiplied and what is asked for
 constexpr int kMaxRowsOfDot = 11;  // so many rows are multiplied without packing the weights
 
-// sums (R, O) += x (R, inputs) w (O, inputs)^T, sixteen sums each
-template <int R, int O, bool kPrefetches, class T>
-inline void dot(const float* x, int64_t ldx, const T* w, int64_t ldw, int inputs, f8 (&sums)[R][O][kChains]) {
+inline float sum(const f8 (&chains)[kChains]) { return sum(chains[0] + chains[1]); }
+
+// y (R, O) = x (R, inputs) w (O, inputs)^T
+template <int R, int O, class T>
+void dot(const T* w, int inputs, const float* x, float* y, int64_t ldy) {
+  f8 sums[R][O][kChains] = {};
   const auto add = [&](int k, int chain, auto count) {
     f8 weights[O];
     for (int o = 0; o < O; ++o) {
-      const T* from = w + o * ldw + k;
-      if (kPrefetches && k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetch);
+      const T* from = w + int64_t{o} * inputs + k;
+      if (k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetch);
       weights[o] = load(from, count);
       if constexpr (R > 1) keep_in_register(weights[o]);  // else the compiler loads them again and again
     }
     for (int r = 0; r < R; ++r) {
-      f8 input = load(x + r * ldx + k, count);
+      f8 input = load(x + int64_t{r} * inputs + k, count);
       if constexpr (O > 1) keep_in_register(input);
       for (int o = 0; o < O; ++o) sums[r][o][chain] = multiply_add(weights[o], input, sums[r][o][chain]);
     }
@@ -60,24 +63,6 @@ inline void dot(const float* x, int64_t ldx, const T* w, int64_t ldw, int inputs
   } else if (k < inputs) {
     add(k, 0, inputs - k);
   }
-}
-
-inline float sum(const f8 (&chains)[kChains]) { return sum(chains[0] + chains[1]); }
-
-// One output after the other: a single stream through the memory is what it reads fastest.
-template <class T>
-void dot_row(const T* w, int inputs, const float* x, float* y, Range outputs) {
-  for (int o = outputs.begin; o < outputs.end; ++o) {
-    f8 sums[1][1][kChains] = {};
-    dot<1, 1, true>(x, 0, w + int64_t{o} * inputs, inputs, inputs, sums);
-    y[o] = sum(sums[0][0]);
-  }
-}
-
-template <int R, int O, class T>
-void dot_tile(const T* w, int inputs, const float* x, float* y, int64_t ldy) {
-  f8 sums[R][O][kChains] = {};
-  dot<R, O, true>(x, inputs, w, inputs, inputs, sums);
   for (int i = 0; i < R * O; ++i) y[i / O * ldy + i % O] = sum(sums[i / O][i % O]);
 }
 
@@ -85,16 +70,18 @@ template <class T>
 void dot_rows(const T* w, int inputs, const float* x, int rows, float* y, int64_t ldy, Range outputs) {
   constexpr int R = 3, O = 2;
   constexpr void (*tiles[R][O])(const T*, int, const float*, float*, int64_t) = {
-      {dot_tile<1, 1>, dot_tile<1, 2>}, {dot_tile<2, 1>, dot_tile<2, 2>}, {dot_tile<3, 1>, dot_tile<3, 2>}};
-  for (int o = outputs.begin; o < outputs.end; o += O) {
+      {dot<1, 1>, dot<1, 2>}, {dot<2, 1>, dot<2, 2>}, {dot<3, 1>, dot<3, 2>}};
+  // One output after the other for a single row: one stream through the memory is what it reads fastest.
+  const int width = rows == 1 ? 1 : O;
+  for (int o = outputs.begin; o < outputs.end; o += width) {
     for (int row = 0; row < rows; row += R) {
-      tiles[std::min(R, rows - row) - 1][std::min(O, outputs.end - o) - 1](
+      tiles[std::min(R, rows - row) - 1][std::min(width, outputs.end - o) - 1](
           w + int64_t{o} * inputs, inputs, x + int64_t{row} * inputs, y + row * ldy + o, ldy);
     }
   }
 }
 
-// --- by output: many rows ------------------------------------------------------------------------------------
+// --- by output: many rows ----------------------------------------------------------------------------------------
 
 // Inputs are packed sum by sum, those of k = 0, 16, 32, ... first, and the sums in the order 0, 8, 4, 12, 2, 10, ...: bits
 // reversed, so that what is added in the end lies side by side: neighbours, then neighbouring pairs, and so on.

@@ -16,9 +16,7 @@ inline void multiply(const Matrix& W, const float* x, int rows, float* y, Range 
   if (W.weights.format == Format::kInt8) return multiply_quantized<Bits8>(W, x, rows, y, outputs, scratch);
   if (W.weights.format == Format::kInt4) return multiply_quantized<Bits4>(W, x, rows, y, outputs, scratch);
   with_format(W.weights, [&](auto* w) {
-    if (!W.by_input && rows == 1) {
-      dot_row(w, W.inputs, x, y, outputs);
-    } else if (!W.by_input && rows <= kMaxRowsOfDot) {
+    if (!W.by_input && rows <= kMaxRowsOfDot) {
       dot_rows(w, W.inputs, x, rows, y, W.outputs, outputs);
     } else if (!W.by_input) {
       packed_rows(w, W.inputs, x, rows, y, W.outputs, outputs, scratch);

@@ -211,15 +211,20 @@ def read_bandwidth(device: torch.device) -> float:
     """Bytes per second of reading memory: the best of several matrix-vector products over up to 1 GiB.
 
     That product is what decoding consists of, and the fastest read that torch has; where the compiled engine
-    runs, its plain sum is faster, and counts. With little memory free, a quarter of it.
+    runs, its plain sum is faster, and counts. In huge pages, as weights lie. With little memory free, a
+    quarter of it.
     """
     import torch
 
+    from ..models.arena import Arena
     from ..ops import native
 
     rows = max(1, min(LARGEST_BUFFER, _free_memory(device) // 4) // (4 * 4096))
-    matrix = torch.ones(rows, 4096, device=device)
-    if device.type == "cpu" and native.why_not() is None:
+    shape = torch.empty(rows, 4096, device="meta")
+    on_cpu = device.type == "cpu"
+    matrix = Arena.like(shape).empty_like(shape) if on_cpu else torch.empty_like(shape, device=device)
+    matrix.fill_(1)
+    if on_cpu and native.why_not() is None:
         return matrix.nbytes / min(_seconds(lambda: native.total(matrix), device) for _ in range(8))
     vector = torch.ones(4096, device=device)
     return matrix.nbytes / min(_seconds(lambda: matrix.mv(vector), device) for _ in range(8))
