@@ -347,13 +347,16 @@ def test_loading_takes_the_memory_of_the_weights_and_saving_next_to_none(dtype, 
         [sys.executable, "-c", MEASURE, dtype, small, *paths], capture_output=True, text=True
     )
     assert result.stderr == ""
-    for line in result.stdout.splitlines():
+    for path, line in zip(paths, result.stdout.splitlines(), strict=True):
         measured = json.loads(line)
+        stays = (
+            dtype == "bfloat16" and path.suffix == ".safetensors"
+        )  # the embedding, half of it, in the file
         assert measured["size"] > (200e6 if dtype == "float32" else 100e6)
         assert measured["loading"] <= 1.25 * measured["size"] + 100e6
-        assert measured["loading"] > 0.9 * measured["size"]  # the sampler sees it
+        assert measured["loading"] > (0.4 if stays else 0.9) * measured["size"]  # the sampler sees it
+        assert not stays or measured["loading"] < 0.7 * measured["size"]
         assert measured["saving"] < 40e6
-    assert len(result.stdout.splitlines()) == len(paths)
 
 
 def files_at(address: int) -> list[str]:
