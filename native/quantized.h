@@ -400,7 +400,9 @@ void quantized_strips(const Matrix& W, const Rounded& x, Range of, Range strips,
   const auto* scales = static_cast<const BFloat16*>(W.scales);
   const int64_t stride = int64_t{groups(W.outputs)} * Bits::kBytes;
   std::fill(totals + int64_t{of.begin} * width, totals + int64_t{of.end} * width, 0.0f);
-  for (int g = of.begin; g < n; g = g % kSums + 1 < of.end ? g + 1 : g - g % kSums + kSums + of.begin) {
+  for (int i = 0, each = of.end - of.begin; i < (n + kSums - 1) / kSums * each; ++i) {
+    const int g = i / each * kSums + of.begin + i % each;
+    if (g >= n) break;
     int active[kGroup + kInputsAhead], count = 0;
     for (int k = g * kGroup; k < std::min((g + 1) * kGroup, W.inputs); ++k) {
       active[count] = k;

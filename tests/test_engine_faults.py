@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wkv.cli import main
 from wkv.models import RWKV, compiled
+from wkv.models.quantized import quantize
 from wkv.ops import native, use_backend
 from wkv.state import State
 
@@ -265,3 +266,17 @@ def test_the_engine_starts_no_threads_beside_those_of_torch() -> None:
         native.product(torch.ones(5, 640), torch.ones(640, 640))
         torch.ones(1_000_000).add_(1)
     assert native.threads() == 3 and len(os.listdir("/proc/self/task")) == before
+
+
+@pytest.mark.parametrize("tier", ["int8", "int4"])
+def test_more_threads_than_an_output_has_sums_change_no_bit(
+    tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantize(small_model("7", dtype=torch.float32), tier)
+    tokens = random_tokens(model, 1, 1)
+    monkeypatch.setattr(native, "threads", lambda: 1)
+    expected, state = read(model, tokens)
+    monkeypatch.setattr(native, "threads", lambda: 19)
+    for _ in range(5):
+        found, own = read(model, tokens)
+        assert torch.equal(found, expected) and equal(own, state)
