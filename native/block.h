@@ -511,8 +511,8 @@ inline void channel_mix(Team& team, const Block& block, const BlockIO& io, Scrat
   multiply_together(team, products, rows, packed, [&](size_t i, Range mine) {
     if (i == 1) return for_each(gate, rows, D, mine, [](f8 x) { return sigmoid(x); });
     for_each(hidden, rows, F, mine, [&](f8 x) {
-      const f8 positive = max(f8{}, x);  // in this order, a NaN stays one
-      return block.squares ? positive * positive : positive;
+      const f8 relu = positive(x);
+      return block.squares ? relu * relu : relu;
     });
   });
   team.sync();

@@ -11,8 +11,6 @@ void for_numbers(const Tokens& tokens, int threads, Do&& each) {
   });
 }
 
-inline f8 positive(f8 x) { return x < 0.0f ? f8{} : x; }  // what is not a number stays so
-
 void squared_relu(const Tokens& tokens, const float* x, float* y, int threads) {
   for_numbers(tokens, threads, [&](int64_t i, auto count) {
     const f8 relu = positive(load(x + i, count));

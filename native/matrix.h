@@ -179,14 +179,7 @@ void packed_tile(const float* x, int64_t ldx, const float* panel, int n, float* 
       continue;
     }
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < 2; ++v) {
-        const int some = count - v * kLanes;
-        if (some >= kLanes) {
-          store(y + r * ldy + v * kLanes, sums[r][v]);
-        } else if (some > 0) {
-          store(y + r * ldy + v * kLanes, sums[r][v], some);
-        }
-      }
+      for (int v = 0; v < 2; ++v) store_some(y + r * ldy + v * kLanes, sums[r][v], count - v * kLanes);
     }
   }
 }

@@ -21,8 +21,7 @@ constexpr int kGroup = 64;
 constexpr int kHalf = kGroup / 2;    // a group is two vectors of bytes
 constexpr int kSums = 8;             // of float32 for each output
 constexpr int kQuantizedRows = 96;   // rows of x that are rounded at a time
-constexpr int kMaxRowsOfDots = 11;   // so many rows are multiplied without packing the weights
-constexpr int kMaxRowsOfStrips = 15; // the same by input, where zeros are skipped
+constexpr int kMaxRowsOfStrips = 15; // so many are multiplied by input without packing: what meets a zero is skipped
 constexpr float kSteps = 127;
 
 inline i8 load(const int32_t* p) { return *reinterpret_cast<const i8_unaligned*>(p); }
@@ -138,7 +137,7 @@ inline float round_group(const float* x, int n, int8_t* to) {
   if (const float nan = sum(excess); nan != 0) return nan;
   float most = 0;
   for (int i = 0; i < kLanes; ++i) most = std::max(most, largest[i]);
-  if (most == 0) return 0;
+  if (most < 1e-36f) return 0;  // as good as nothing, and its reciprocal may be infinite
   const float times = kSteps / most;
   const f8 magic = splat(0x1.8p23f);  // adding it rounds to an integer
   for_eights(0, n, [&](int i, auto count) {
@@ -234,6 +233,12 @@ void quantized_dots(const Matrix& W, const Rounded& x, float* y, Range outputs) 
 }
 
 // --- many rows ----------------------------------------------------------------------------------------------------
+
+// The eight sums of outputs, in the order in which `sum` adds those of one.
+template <class Of>
+inline f8 add_eight(Of&& of) {
+  return ((of(0) + of(4)) + (of(2) + of(6))) + ((of(1) + of(5)) + (of(3) + of(7)));
+}
 
 // A panel of 16 outputs: (inputs / 2, 16) pairs of 16 bits, and (groups, 16) scales.
 struct QuantizedPanel {
@@ -333,13 +338,8 @@ void quantized_tile(const int16_t* x, const Rounded& rounded, const QuantizedPan
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < 2; ++v) {
-      const auto of = [&](int i) { return total[i][r][v]; };
-      const f8 all = ((of(0) + of(4)) + (of(2) + of(6))) + ((of(1) + of(5)) + (of(3) + of(7)));
-      if (const int some = count - v * kLanes; some >= kLanes) {
-        store(y + r * ldy + v * kLanes, all);
-      } else if (some > 0) {
-        store(y + r * ldy + v * kLanes, all, some);
-      }
+      const f8 all = add_eight([&](int i) { return total[i][r][v]; });
+      store_some(y + r * ldy + v * kLanes, all, count - v * kLanes);
     }
   }
 }
@@ -464,8 +464,7 @@ void quantized_strips(const Matrix& W, const Rounded& x, Range of, Range strips,
 // y = the eight sums added, for these outputs.
 inline void add_sums(const float* totals, int64_t width, int first, Range outputs, float* y) {
   for_eights(outputs.begin, outputs.end, [&](int o, auto some) {
-    const auto of = [&](int i) { return load(totals + i * width + o - first); };
-    store(y + o, ((of(0) + of(4)) + (of(2) + of(6))) + ((of(1) + of(5)) + (of(3) + of(7))), some);
+    store(y + o, add_eight([&](int i) { return load(totals + i * width + o - first); }), some);
   });
 }
 
@@ -500,7 +499,7 @@ void multiply_quantized(const Matrix& W, const float* x, int rows, float* y, Ran
     const int some = std::min(kQuantizedRows, rows - begin);
     for (int r = 0; r < some; ++r) round_row(x + int64_t{begin + r} * W.inputs, W.inputs, Bits::kOffset, rounded.row(r));
     float* to = y + int64_t{begin} * W.outputs;
-    if (some > (W.by_input ? kMaxRowsOfStrips : kMaxRowsOfDots)) {
+    if (some > (W.by_input ? kMaxRowsOfStrips : kMaxRowsOfDot)) {
       quantized_panels<Bits>(W, rounded, some, to, outputs, wide, panel);
     } else if (W.by_input) {
       for (int r = 0; r < some; ++r) {

@@ -194,6 +194,17 @@ inline void store(T* p, f8 x, int count) {
   for (int i = 0; i < count; ++i) store1(p + i, x[i]);
 }
 
+// The first `count` of eight, all of them, or none.
+inline void store_some(float* p, f8 x, int count) {
+  if (count >= kLanes) {
+    store(p, x);
+  } else {
+    store(p, x, count);
+  }
+}
+
+inline f8 positive(f8 x) { return x < 0.0f ? f8{} : x; }  // what is not a number stays so
+
 // The first `count` of eight numbers, and zeros.
 template <class Count>
 inline f8 only(f8 x, Count count) {

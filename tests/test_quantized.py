@@ -267,6 +267,20 @@ def test_what_is_not_finite_in_a_row_makes_its_products_nan_and_no_others(
             assert torch.equal(y[others], expected[others])
 
 
+@needs_engine
+@pytest.mark.parametrize("name", native.engines())
+@pytest.mark.parametrize("by_input", [False, True])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_numbers_too_small_for_a_scale_are_nothing(
+    name: str, by_input: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "engines", lambda: [name])
+    made, _ = linear(130, 70, 8, by_input)
+    x = torch.zeros(rows, 130)
+    x[:, ::3] = 1e-39  # 127 over it is infinite
+    assert made(x).eq(0).all()
+
+
 PLACES = {
     "4": ["emb.weight", "blocks.1.ln1.bias", "blocks.0.att.time_decay", "blocks.1.ffn.key.weight"],
     "7": ["emb.weight", "blocks.1.ln2.weight", "blocks.0.att.w0", "blocks.1.ffn.key.weight", "ln_out.bias"],

@@ -194,4 +194,4 @@ def test_the_compiled_forms_are_operators_to_the_compiler() -> None:
     x, last, m = inputs(2, 5, 4, 1, True, dtype=torch.float32)
     starts = torch.rand(2, 5) < 0.3
     torch.library.opcheck(torch.ops.wkv.token_mix_native, [x, last, m, starts])
-    torch.library.opcheck(torch.ops.wkv.squared_relu_native, [x, None])
+    torch.library.opcheck(torch.ops.wkv.squared_relu_native, [x])

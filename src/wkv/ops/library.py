@@ -56,8 +56,8 @@ class TorchOperator:
         torch.library.register_autograd(self._name, backward, setup_context=setup_context, lib=_REGISTRY)
 
     def register_backward(self, backward: Callable[..., list[Tensor]]) -> None:
-        """`backward(*grads, *inputs)` gives the gradients of all tensors among the inputs but the last input,
-        which is `lengths`."""
+        """`backward(*grads, *inputs)` gives the gradients of the first tensors among the inputs, in their
+        order; those after them, such as `lengths`, have none."""
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
@@ -67,7 +67,7 @@ class TorchOperator:
             tensors = iter(ctx.saved_tensors)
             inputs = [next(tensors) if other is None else other[0] for other in ctx.others]
             gradients = iter(backward(*grads, *inputs))
-            return (*(next(gradients) if isinstance(x, Tensor) else None for x in inputs[:-1]), None)
+            return tuple(next(gradients, None) if isinstance(x, Tensor) else None for x in inputs)
 
         self.register_autograd(differentiate, setup_context=save)
 

@@ -39,35 +39,31 @@ class _SquaredReLU(torch.autograd.Function):
 
 
 @torch_operator("squared_relu_native")
-def _forward(x: Tensor, nothing: Tensor | None) -> Tensor:
+def _forward(x: Tensor) -> Tensor:
     (y,) = native.empty_like(x)
     native.squared_relu((x,), y, backward=False)
     return y
 
 
 @_forward.register_fake
-def _(x: Tensor, nothing: Tensor | None) -> Tensor:
+def _(x: Tensor) -> Tensor:
     (y,) = native.empty_like(x)
     return y
 
 
 @torch_operator("squared_relu_native_backward")
-def _backward(grad: Tensor, x: Tensor, nothing: Tensor | None) -> list[Tensor]:
+def _backward(grad: Tensor, x: Tensor) -> list[Tensor]:
     (dx,) = native.empty_like(x)
     native.squared_relu((grad, x), dx, backward=True)
     return [dx]
 
 
 @_backward.register_fake
-def _(grad: Tensor, x: Tensor, nothing: Tensor | None) -> list[Tensor]:
+def _(grad: Tensor, x: Tensor) -> list[Tensor]:
     return native.empty_like(x)
 
 
 _forward.register_backward(_backward)
-
-
-def _run_native(x: Tensor) -> Tensor:
-    return _forward(x, None)
 
 
 def _run_reference(x: Tensor) -> Tensor:
@@ -76,5 +72,5 @@ def _run_reference(x: Tensor) -> Tensor:
 
 OPERATOR = Operator(
     "squared_relu",
-    (Backend("native", _run_native, native.refuses), Backend("reference", _run_reference, never)),
+    (Backend("native", _forward, native.refuses), Backend("reference", _run_reference, never)),
 )
