@@ -157,13 +157,23 @@ def test_short_formats_err_by_their_rounding_only(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
+def test_all_chunks_of_logits_and_their_gradients_share_one_memory() -> None:
+    hidden, weight, targets = example()
+    with Recorder() as recorder:
+        linear_cross_entropy(hidden, weight, targets)
+    chunks = [out for _, out in recorder.made if out.shape == (4, V)]
+    assert len(chunks) > 10  # of five whole chunks: logits, p and what is added to it
+    assert len({out.untyped_storage().data_ptr() for out in chunks}) == 1
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_under_autocast_products_are_short_and_all_sums_are_float32() -> None:
     hidden, weight, targets = example(torch.float32)
     with Recorder() as recorder, torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(hidden, weight, targets)
     loss.backward()
     assert recorder.dtypes("mm") == {torch.bfloat16}
-    assert recorder.dtypes("_softmax") == {torch.float32}
+    assert recorder.dtypes("softmax") == {torch.float32}
     assert loss.dtype == torch.float32
     assert hidden.grad is not None and hidden.grad.dtype == torch.float32
     assert weight.grad is not None and weight.grad.dtype == torch.float32

@@ -72,12 +72,14 @@ def test_what_blocks_keep_for_the_backward_does_not_grow_with_what_they_compute(
 
 
 # Numbers per token and channel that a block keeps, dim_ffn being four times the width. Of the channel mix:
-# what the norm read and gave, and the input of the activation (4); in RWKV-4 the gate and what it gates.
-MOST = {"4": 14.5, "7": 30.0}
+# what the norm read, and the input of the activation (4); in RWKV-4 the gate and what it gates.
+MOST = {"4": 12.5, "7": 19.0}
 
 
 @pytest.mark.parametrize("generation", sorted(MOST))
-def test_a_block_keeps_no_mix_and_no_activation(generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_keeps_no_mix_no_norm_and_no_activation(
+    generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes: dict[str, Any] = dict(vocab_size=61, n_layer=4, n_embd=64, dim_att=64, dim_ffn=256)
     model = build((RWKV4Config if generation == "4" else RWKV7Config)(**sizes))
     tokens, kept = random_tokens(model, 4, 256), {}

@@ -17,6 +17,7 @@ whatever shares the call with it, however its tokens are split over calls, and f
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -275,8 +276,9 @@ def refuses(call: Call) -> str | None:
 def empty_like(*tensors: Tensor) -> list[Tensor]:
     """Contiguous tensors of these shapes, to be filled.
 
-    Large ones get some bytes more. To align a block the C library wants 96 more than the block has, so it
-    never puts a tensor where one of the same size was: each temporary would leave a hole in a step's memory.
+    Large ones get some bytes more, fewer from one to the next. To align a block the C library wants 96 more
+    than the block has, so it never puts a tensor where one of the same size was: each temporary would leave
+    a hole in a step's memory.
     """
     return [_empty(x) for x in tensors]
 
@@ -284,10 +286,13 @@ def empty_like(*tensors: Tensor) -> list[Tensor]:
 def _empty(x: Tensor) -> Tensor:
     if x.numel() < _LARGE:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return x.new_empty(x.numel() + _SLACK)[: x.numel()].view(x.shape)
+    return x.new_empty(x.numel() + next(_SLACKS))[: x.numel()].view(x.shape)
 
 
-_LARGE, _SLACK = 2**16, 64  # numbers
+_LARGE = 2**16  # numbers
+_SLACKS = itertools.cycle(
+    range(2**13, 32, -32)
+)  # numbers: 128 bytes less each time, more than a step's tensors
 
 
 def wkv4(

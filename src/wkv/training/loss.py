@@ -107,25 +107,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nats = torch.zeros((), dtype=wide, device=hidden.device)
 
         size = _rows_per_chunk(len(weight), hidden.device)
+        room = hidden.new_empty(min(size, len(hidden)), len(weight))  # for every chunk: none adds to the peak
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
             x, target = hidden[chunk], targets[chunk, None]
             ignored = target == IGNORE
             target = target.masked_fill(ignored, 0)
 
-            logits = x @ W.mT
+            logits = torch.mm(x, W.mT, out=room[: len(x)])
             largest, at_largest = logits.max(dim=-1, keepdim=True)
-            p = torch.softmax(logits, dim=-1, dtype=wide)
+            of_target = logits.gather(-1, target)
+            p = logits if logits.dtype == wide else logits.to(wide)
+            torch.softmax(p, dim=-1, out=p)
             # log-sum-exp out of the largest p, which is at least 1 / V: the target's own may underflow.
-            costs = largest - p.gather(-1, at_largest).log() - logits.gather(-1, target)
+            costs = largest - p.gather(-1, at_largest).log() - of_target
             nats += costs.masked_fill(ignored, 0).sum()
-            del logits  # before the products of the backward need room
 
             if d_hidden is None and d_weight is None:
                 continue
             p.scatter_add_(-1, target, p.new_full(target.shape, -1.0))
             p.scatter_add_(-1, at_largest, l2wrap * largest.to(wide))
-            d_logits = p.to(hidden.dtype)
+            d_logits = logits.copy_(p)
             if d_hidden is not None:
                 torch.mm(d_logits, W, out=d_hidden[chunk])
             if d_weight is not None and d_weight.dtype == d_logits.dtype:
