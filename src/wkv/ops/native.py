@@ -290,9 +290,7 @@ def _empty(x: Tensor) -> Tensor:
 
 
 _LARGE = 2**16  # numbers
-_SLACKS = itertools.cycle(
-    range(2**13, 32, -32)
-)  # numbers: 128 bytes less each time, more than a step's tensors
+_SLACKS = itertools.cycle(range(2**13, 32, -32))  # numbers: more of them than a step asks for
 
 
 def wkv4(
