@@ -31,19 +31,20 @@ inline void with_format(const Array& array, Use&& use) {
 
 constexpr int kChains = 2;         // vectors of sums: with one, each addition would wait for the one before
 constexpr int kPrefetch = 1024;    // bytes between what is multiplied and what is asked for
-constexpr int kMaxRowsOfDot = 11;  // so many rows are multiplied without packing the weights
+constexpr int kRowsOfDot = 3;      // at a time
+constexpr int kMaxRowsOfDot = 48;  // so many rows are multiplied without packing the weights
 
 inline float sum(const f8 (&chains)[kChains]) { return sum(chains[0] + chains[1]); }
 
 // y (R, O) = x (R, inputs) w (O, inputs)^T
-template <int R, int O, class T>
+template <int R, int O, bool asks, class T>
 void dot(const T* w, int inputs, const float* x, float* y, int64_t ldy) {
   f8 sums[R][O][kChains] = {};
   const auto add = [&](int k, int chain, auto count) {
     f8 weights[O];
     for (int o = 0; o < O; ++o) {
       const T* from = w + int64_t{o} * inputs + k;
-      if (k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetch);
+      if (asks && k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetch);
       weights[o] = load(from, count);
       if constexpr (R > 1) keep_in_register(weights[o]);  // else the compiler loads them again and again
     }
@@ -66,19 +67,37 @@ void dot(const T* w, int inputs, const float* x, float* y, int64_t ldy) {
   for (int i = 0; i < R * O; ++i) y[i / O * ldy + i % O] = sum(sums[i / O][i % O]);
 }
 
-template <class T>
+// Asks for part i of n equal parts of these bytes.
+inline void ask_for(const void* from, int64_t bytes, int i, int n) {
+  const auto* p = static_cast<const char*>(from);
+  for (int64_t at = bytes * i / n / 64 * 64; at < bytes * (i + 1) / n; at += 64) __builtin_prefetch(p + at);
+}
+
+// Each tile asks for what it reads soon, or, where there are many, for its part of the next outputs.
+template <bool asks, class T>
 void dot_rows(const T* w, int inputs, const float* x, int rows, float* y, int64_t ldy, Range outputs) {
-  constexpr int R = 3, O = 2;
+  constexpr int R = kRowsOfDot, O = 2;
   constexpr void (*tiles[R][O])(const T*, int, const float*, float*, int64_t) = {
-      {dot<1, 1>, dot<1, 2>}, {dot<2, 1>, dot<2, 2>}, {dot<3, 1>, dot<3, 2>}};
+      {dot<1, 1, asks>, dot<1, 2, asks>},
+      {dot<2, 1, asks>, dot<2, 2, asks>},
+      {dot<3, 1, asks>, dot<3, 2, asks>}};
   // One output after the other for a single row: one stream through the memory is what it reads fastest.
   const int width = rows == 1 ? 1 : O;
+  const int64_t bytes = int64_t{width} * inputs * sizeof(T);
   for (int o = outputs.begin; o < outputs.end; o += width) {
+    const T* from = w + int64_t{o} * inputs;
     for (int row = 0; row < rows; row += R) {
-      tiles[std::min(R, rows - row) - 1][std::min(width, outputs.end - o) - 1](
-          w + int64_t{o} * inputs, inputs, x + int64_t{row} * inputs, y + row * ldy + o, ldy);
+      if (!asks) ask_for(from + width * inputs, bytes, row, rows);
+      tiles[std::min(R, rows - row) - 1][std::min(width, outputs.end - o) - 1](from, inputs, x + int64_t{row} * inputs,
+                                                                               y + row * ldy + o, ldy);
     }
   }
+}
+
+template <class T>
+void dot_rows(const T* w, int inputs, const float* x, int rows, float* y, int64_t ldy, Range outputs) {
+  if (rows <= 2 * kRowsOfDot) return dot_rows<true>(w, inputs, x, rows, y, ldy, outputs);
+  dot_rows<false>(w, inputs, x, rows, y, ldy, outputs);
 }
 
 // --- by output: many rows ----------------------------------------------------------------------------------------
@@ -87,8 +106,8 @@ void dot_rows(const T* w, int inputs, const float* x, int rows, float* y, int64_
 // reversed, so that what is added in the end lies side by side: neighbours, then neighbouring pairs, and so on.
 constexpr int kSumsOfOutput = kChains * kLanes;
 constexpr int kPlaces[kSumsOfOutput] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
-constexpr int kPackedRows = 96;            // of x at a time, fewer where they are long
-constexpr int kPackedNumbers = 3 << 15;    // of x at a time
+constexpr int kPackedRows = 192;         // of x at a time, fewer where they are long
+constexpr int kPackedNumbers = 3 << 18;  // of x at a time
 
 // Inputs of a sum, rounded up to eights.
 inline int terms(int inputs) { return (inputs + kSumsOfOutput * kLanes - 1) / (kSumsOfOutput * kLanes) * kLanes; }
@@ -98,7 +117,7 @@ inline int packed_rows(int inputs) {
   return std::clamp<int>(kPackedNumbers / packed_row(inputs) / kRows * kRows, 2 * kRows, kPackedRows);
 }
 
-inline size_t packed_floats(int inputs) { return packed_row(inputs) * (packed_rows(inputs) + kPanel); }
+inline size_t packed_floats(int inputs) { return packed_row(inputs) * (packed_rows(inputs) + kPanel + 1); }
 
 // 8 x 8 numbers of 32 bits.
 template <class V>
@@ -140,18 +159,30 @@ inline void pack_row(const float* x, int inputs, float* to) {
   }
 }
 
+// Numbers of a panel from one sum's inputs to the next's: a cache line more than they are, or all would meet in few sets.
+inline int64_t panel_sum(int n) { return int64_t{n} * kPanel + 16; }
+
 // `count` outputs, and zeros, as (inputs in their order, 16).
 template <class T>
 void pack_panel(const T* w, int inputs, int count, float* to) {
   const int n = terms(inputs);
-  for (int k = 0; k < n * kSumsOfOutput; k += kLanes) {
+  for (int term = 0; term < n; ++term) {
+    const int k = term * kSumsOfOutput;
     for (int left = 0; left < kPanel; left += kLanes) {
-      f8 some[kLanes] = {};
-      for (int o = 0; o < kLanes && left + o < count; ++o) some[o] = load_within(w + int64_t{left + o} * inputs, k, inputs);
-      transpose(some);
-      for (int i = 0; i < kLanes; ++i) {
-        const int place = kPlaces[(k + i) % kSumsOfOutput] * n + k / kSumsOfOutput;
-        store(to + place * kPanel + left, some[i]);
+      for (int chain = 0; chain < kChains; ++chain) {
+        const T* from = w + int64_t{left} * inputs;
+        const int at = k + chain * kLanes;
+        f8 some[kLanes] = {};
+        if (at + kLanes <= inputs && left + kLanes <= count) {
+          for (int o = 0; o < kLanes; ++o) some[o] = load(from + int64_t{o} * inputs + at);
+        } else {
+          for (int o = 0; o < std::min(kLanes, count - left); ++o) {
+            some[o] = load_within(from + int64_t{o} * inputs, at, inputs);
+          }
+        }
+        transpose(some);
+        float* place = to + term * kPanel + left;
+        for (int i = 0; i < kLanes; ++i) store(place + kPlaces[chain * kLanes + i] * panel_sum(n), some[i]);
       }
     }
   }
@@ -160,7 +191,7 @@ void pack_panel(const T* w, int inputs, int count, float* to) {
 template <int R>
 void packed_tile(const float* x, int64_t ldx, const float* panel, int n, float* y, int64_t ldy, int count) {
   f8 waiting[4][R][2];  // of pairs, fours, ...: the first, which waits for the second
-  for (int i = 0; i < kSumsOfOutput; ++i, x += n, panel += n * kPanel) {
+  for (int i = 0; i < kSumsOfOutput; ++i, x += n, panel += panel_sum(n)) {
     f8 sums[R][2] = {};
     for (int term = 0; term < n; ++term) {
       const f8 left = load(panel + term * kPanel), right = load(panel + term * kPanel + kLanes);
@@ -188,9 +219,10 @@ template <class T>
 void packed_rows(const T* w, int inputs, const float* x, int rows, float* y, int64_t ldy, Range outputs, float* scratch) {
   constexpr void (*tiles[])(const float*, int64_t, const float*, int, float*, int64_t, int) = {
       packed_tile<1>, packed_tile<2>, packed_tile<3>, packed_tile<4>, packed_tile<5>, packed_tile<6>};
-  const int at_once = packed_rows(inputs), n = terms(inputs);
+  const int most = packed_rows(inputs), n = terms(inputs);
+  const int times = (rows + most - 1) / most, at_once = ((rows + times - 1) / times + kRows - 1) / kRows * kRows;
   const int64_t ldx = packed_row(inputs);
-  float* panel = scratch + at_once * ldx;
+  float* panel = scratch + most * ldx;
   for (int first = 0; first < rows; first += at_once) {
     const int some = std::min(at_once, rows - first);
     for (int row = 0; row < some; ++row) pack_row(x + int64_t{first + row} * inputs, inputs, scratch + row * ldx);

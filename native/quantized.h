@@ -21,7 +21,8 @@ constexpr int kGroup = 64;
 constexpr int kHalf = kGroup / 2;    // a group is two vectors of bytes
 constexpr int kSums = 8;             // of float32 for each output
 constexpr int kQuantizedRows = 96;   // rows of x that are rounded at a time
-constexpr int kMaxRowsOfStrips = 15; // so many are multiplied by input without packing: what meets a zero is skipped
+constexpr int kMaxRowsOfDots = 32;   // so many are multiplied by output without packing the weights
+constexpr int kMaxRowsOfStrips = 15; // the same by input: what meets a zero is skipped
 constexpr float kSteps = 127;
 
 inline i8 load(const int32_t* p) { return *reinterpret_cast<const i8_unaligned*>(p); }
@@ -229,6 +230,30 @@ void quantized_dots(const Matrix& W, const Rounded& x, float* y, Range outputs) 
       last == 4 ? eight(n - 4, Four{}, masked) : eight(n - last, last, masked);
     }
     for (int r = 0; r < R; ++r) y[int64_t{r} * W.outputs + o] = sum(total[r]);
+  }
+}
+
+constexpr int kRowsOfStream = 8;    // of x, up to which the weights go past once for every four
+constexpr int kOutputsOfDots = 16;  // else so many stay in the first-level cache for all rows
+
+template <class Bits>
+void quantized_dots(const Matrix& W, const Rounded& x, int rows, float* y, Range outputs) {
+  const int64_t bytes = int64_t{groups(W.inputs)} * Bits::kBytes;  // of an output
+  const auto* weights = static_cast<const char*>(W.weights.data);
+  const bool is_stream = rows <= kRowsOfStream;
+  const int width = is_stream ? outputs.end - outputs.begin : kOutputsOfDots;
+  for (int o = outputs.begin; o < outputs.end; o += width) {
+    const Range these{o, std::min(outputs.end, o + width)};
+    for (int r = 0, step; r < rows; r += step) {
+      step = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
+      if (!is_stream) ask_for(weights + these.end * bytes, width * bytes, r, rows);
+      float* to = y + int64_t{r} * W.outputs;
+      switch (step) {
+        case 4: quantized_dots<Bits, 4>(W, x.row(r), to, these); break;
+        case 2: quantized_dots<Bits, 2>(W, x.row(r), to, these); break;
+        default: quantized_dots<Bits, 1>(W, x.row(r), to, these);
+      }
+    }
   }
 }
 
@@ -499,7 +524,7 @@ void multiply_quantized(const Matrix& W, const float* x, int rows, float* y, Ran
     const int some = std::min(kQuantizedRows, rows - begin);
     for (int r = 0; r < some; ++r) round_row(x + int64_t{begin + r} * W.inputs, W.inputs, Bits::kOffset, rounded.row(r));
     float* to = y + int64_t{begin} * W.outputs;
-    if (some > (W.by_input ? kMaxRowsOfStrips : kMaxRowsOfDot)) {
+    if (some > (W.by_input ? kMaxRowsOfStrips : kMaxRowsOfDots)) {
       quantized_panels<Bits>(W, rounded, some, to, outputs, wide, panel);
     } else if (W.by_input) {
       for (int r = 0; r < some; ++r) {
@@ -508,10 +533,7 @@ void multiply_quantized(const Matrix& W, const float* x, int rows, float* y, Ran
         add_sums(scratch, width, strips.begin * kGroup, outputs, to + int64_t{r} * W.outputs);
       }
     } else {
-      int r = 0;
-      for (; r + 4 <= some; r += 4) quantized_dots<Bits, 4>(W, rounded.row(r), to + int64_t{r} * W.outputs, outputs);
-      for (; r + 2 <= some; r += 2) quantized_dots<Bits, 2>(W, rounded.row(r), to + int64_t{r} * W.outputs, outputs);
-      for (; r < some; ++r) quantized_dots<Bits, 1>(W, rounded.row(r), to + int64_t{r} * W.outputs, outputs);
+      quantized_dots<Bits>(W, rounded, some, to, outputs);
     }
   }
 }
