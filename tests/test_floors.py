@@ -78,6 +78,7 @@ DEFINITIONS = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionD
 REGISTRATIONS = {
     "register_autograd",
     "register_backward",
+    "refuse_derivative",
     "register_fake",
     "register_kernel",
 }  # of torch custom ops

@@ -115,6 +115,22 @@ def test_the_compiled_form_reads_views_and_hides_no_nan(name: str) -> None:
     assert not y[1, :4].isnan().any()
 
 
+@COMPILED
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_second_derivative_is_right_or_refused(name: str) -> None:
+    x = [part.detach().float().requires_grad_() for part in arguments(name, 1, 5, H=1, N=8)]
+
+    def penalty(row: str) -> torch.Tensor:
+        y, _ = OPERATORS[name].run(*x, backend=row)
+        gradients = torch.autograd.grad(y.square().sum(), x, create_graph=True, allow_unused=True)
+        return torch.stack([g.square().sum() for g in gradients if g is not None]).sum()
+
+    with pytest.raises(BackendError, match="no derivative of its own"):
+        penalty("native").backward()
+    penalty("reference").backward()
+    assert x[0].grad is not None and x[0].grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("key", [1, 30, 100])
 @pytest.mark.parametrize("decay", [-6, 0, 3], ids=["weak", "mixed", "strong"])
 @pytest.mark.parametrize(("name", "row"), ROWS)

@@ -13,6 +13,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _REGISTRY = torch.library.Library("wkv", "DEF")
@@ -70,6 +72,18 @@ class TorchOperator:
             return tuple(next(gradients, None) if isinstance(x, Tensor) else None for x in inputs)
 
         self.register_autograd(differentiate, setup_context=save)
+
+    def refuse_derivative(self) -> None:
+        """Of gradients: asked for theirs, raise, where torch would warn and take them for constants."""
+
+        def refuse(ctx: Any, *grads: Tensor) -> None:
+            raise BackendError(
+                f"{self._name} has no derivative of its own",
+                "first derivatives",
+                'the recurrence in torch, with wkv.ops.use_backend("reference"), for second ones',
+            )
+
+        self.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
 
 
 def torch_operator(name: str) -> Callable[[Callable[..., Any]], TorchOperator]:

@@ -63,6 +63,7 @@ def _(grad: Tensor, x: Tensor) -> list[Tensor]:
     return native.empty_like(x)
 
 
+_backward.refuse_derivative()
 _forward.register_backward(_backward)
 
 

@@ -86,4 +86,5 @@ def _differentiate(dout: Tensor, dstate: Tensor, *inputs: Any) -> list[Tensor]:
     return gradients
 
 
+_backward.refuse_derivative()
 _forward.register_backward(_differentiate)

@@ -39,4 +39,5 @@ def _(grads: list[Tensor], *inputs: Tensor) -> list[Tensor]:
     return native.empty_like(*inputs[:3])
 
 
+_backward.refuse_derivative()
 _forward.register_backward(_backward)
