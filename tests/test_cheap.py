@@ -88,6 +88,44 @@ def test_a_tensor_that_was_changed_after_it_was_made_is_kept_as_it_is() -> None:
     assert torch.allclose(found, (a.detach() ** 2 + 1).sum(0).expand(3, 8))
 
 
+@pytest.mark.parametrize("view", [lambda x: x[2:], lambda x: x.mT, lambda x: x[:, ::2]])
+def test_a_view_is_made_again_as_it_lies(view: Callable[[Tensor], Tensor]) -> None:
+    a, b = leaves((5, 5), (5, 5))
+    expected = torch.autograd.grad(view(a * b).square().sum(), (a, b))
+    with cheap_again():
+        product = cheap(torch.mul, a, b)
+        held = StorageWeakRef(product.untyped_storage())
+        y = view(product).square().sum()
+        del product
+    assert held.expired()
+    assert all(map(torch.equal, torch.autograd.grad(y, (a, b)), expected))
+
+
+def test_what_was_made_again_goes_when_all_have_had_it() -> None:
+    a, V, W = leaves((5, 8), (3, 8), (4, 8))
+    held: list[StorageWeakRef] = []
+
+    def square(x: Tensor) -> Tensor:
+        made = x * x
+        held.append(StorageWeakRef(made.untyped_storage()))
+        return made
+
+    with cheap_again():
+        fourth = cheap(square, cheap(square, a))
+        y = F.linear(fourth, V).sum() + F.linear(fourth, W).sum()
+        del fourth
+    y.backward(retain_graph=True)
+    assert len(held) == 4 and all(x.expired() for x in held)
+
+
+def test_a_view_as_another_dtype_is_kept_as_it_is() -> None:
+    a, b = leaves((5, 2), (5, 2))
+    expected = torch.autograd.grad(torch.view_as_complex(a * b).abs().sum(), (a, b))
+    with cheap_again():
+        y = torch.view_as_complex(cheap(torch.mul, a, b)).abs().sum()
+    assert all(map(torch.equal, torch.autograd.grad(y, (a, b)), expected))
+
+
 @pytest.mark.parametrize("way", [lambda a, b: cheap(torch.mul, a, b), torch.mul])
 def test_changing_what_it_is_made_from_is_an_error_as_without(way: Callable[..., Tensor]) -> None:
     a, W = leaves((5, 8), (3, 8))
@@ -100,6 +138,26 @@ def test_changing_what_it_is_made_from_is_an_error_as_without(way: Callable[...,
         y.sum().backward()
 
 
+def test_without_gradients_nothing_is_remembered() -> None:
+    with cheap_again(), torch.no_grad():
+        (x,) = leaves((5, 8))
+        held = StorageWeakRef(x.untyped_storage())
+        cheap(torch.neg, x)
+        del x
+        assert held.expired()
+
+
+def test_the_compiler_sees_a_plain_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, W = leaves((5, 8), (5, 8), (3, 8))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with cheap_again():
+        product = cheap(torch.mul, a, b)
+        held = StorageWeakRef(product.untyped_storage())
+        y = F.linear(product, W)
+        del product
+    assert not held.expired() and y.requires_grad
+
+
 def test_an_error_inside_ends_the_block() -> None:
     a, b, W = leaves((5, 8), (5, 8), (3, 8))
     with pytest.raises(ValueError, match="inside"), cheap_again(), cheap_again():
@@ -110,6 +168,9 @@ def test_an_error_inside_ends_the_block() -> None:
     del product
     assert not held.expired()
     y.sum().backward()
+    held = StorageWeakRef(a.untyped_storage())
+    del a, y
+    assert held.expired()  # no block remembers what it was made from
 
 
 def test_an_inner_block_knows_nothing_of_an_outer_one() -> None:
@@ -120,8 +181,12 @@ def test_an_inner_block_knows_nothing_of_an_outer_one() -> None:
             inner = cheap(torch.add, a, b)
             y = F.linear(outer, W) + F.linear(inner, W)
         z = F.linear(outer, W)
+        expected = 2 * a * b + a + b
+        held = StorageWeakRef(outer.untyped_storage())
+        del outer
+    assert not held.expired()  # y keeps it
     (y + z).sum().backward()
-    assert torch.allclose(W.grad, (2 * a * b + a + b).detach().sum(0).expand(3, 8), atol=1e-5)
+    assert torch.allclose(W.grad, expected.detach().sum(0).expand(3, 8), atol=1e-5)
 
 
 def test_the_second_derivative_is_that_of_what_was_not_kept() -> None:

@@ -516,6 +516,7 @@ def test_a_models_copy_and_file_do_not_know_of_the_engine(tmp_path: object) -> N
 
 @torch.no_grad()
 def test_threads_of_python_take_turns() -> None:
+    torch.set_num_threads(2)  # alone, each would be a team of its own
     model = small_model(SHAPES["7"], dtype=torch.float32)
     prompts = [random_tokens(model, 1, 12, seed=i) for i in range(6)]
     expected = [native_run(model, prompt)[0] for prompt in prompts]

@@ -194,6 +194,37 @@ def test_a_system_that_gives_no_more_threads_gets_the_same_bits_from_those_there
     assert result.stdout == "done\n", result.stderr
 
 
+FEWER_THREADS = """
+import os, torch
+from wkv.ops import native
+weight, x = torch.randn(640, 64), torch.randn(3, 64)
+native.threads = lambda: 1
+expected = native.product(x, weight)
+def same(*numbers):
+    for native.threads in [lambda n=n: n for n in numbers]:
+        assert torch.equal(native.product(x, weight), expected)
+same(8, 3, 8)  # OpenMP's limit is 2
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+    same(8)
+    print("done")
+else:
+    same(8, *[2, 3] * 50, 8)
+"""
+
+
+@on_unix
+def test_a_team_that_is_smaller_than_asked_or_than_before_gives_the_same_bits() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", FEWER_THREADS],
+        env={**os.environ, "OMP_THREAD_LIMIT": "2"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stdout == "done\n", result.stderr
+
+
 @on_unix
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -36,6 +37,7 @@ def inputs(B: int, T: int, D: int, n: int, each_token: bool, **kind: Any) -> lis
 def random_segments(B: int, T: int, device: torch.device | str = "cpu") -> Segments:
     generator = torch.Generator().manual_seed(1)
     starts = torch.rand(B, T, generator=generator) < 0.2
+    starts[0, 64::64] = True  # where the compiled form goes on to its next piece
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
     return Segments.of(starts.to(device), lengths.to(device))
 
@@ -96,7 +98,9 @@ def test_a_row_is_the_equation_forward_and_backward(
 @COMPILED
 @pytest.mark.parametrize("each_token", [False, True], ids=["channels", "each-token"])
 def test_the_compiled_bits_depend_neither_on_threads_nor_on_company_nor_on_strides(each_token: bool) -> None:
-    given = inputs(3, 150, 20, 3, each_token, dtype=torch.float32)
+    given = inputs(
+        3, 150, 515, 3, each_token, dtype=torch.float32
+    )  # so wide that threads wait for each other
     segments = random_segments(3, 150)
     results = []
     for n in (1, 2, 5):
@@ -142,6 +146,17 @@ def test_nothing_of_a_document_reaches_the_next(row: str) -> None:
     assert not gradients[0][:, :3].any()
 
 
+@COMPILED
+def test_what_another_call_left_in_the_buffers_is_not_read() -> None:
+    given = inputs(1, 100, 4, 2, False, dtype=torch.float32)
+    segments = random_segments(1, 100)
+    expected = with_gradients(run(given, False, towards="before", segments=segments, backend="native"), given)
+    outputs = run(given, False, towards="before", segments=segments, backend="native")
+    nothing = torch.full((1, 100, 1, 16), math.nan)
+    ops.wkv7(*[nothing] * 6, nothing.new_full((1, 1, 16, 16), math.nan), backend="native")
+    assert all(map(torch.equal, with_gradients(outputs, given), expected))
+
+
 def test_the_newest_input_is_carried_and_holds_no_other(device: torch.device) -> None:
     x, last, m = inputs(3, 9, 4, 1, False, device=device)
     _, newest = ops.token_mix(x, last, [m], towards="now")
@@ -167,18 +182,23 @@ def test_wrong_arguments_are_named() -> None:
         ops.token_mix(x, last, [m], towards="now", backend="native")
 
 
+SPECIAL = [math.nan, -math.inf, math.inf, -0.0, -1.0]
+
+
 @COMPILED
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 70)])
-def test_the_compiled_activation_is_torchs(shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape)
-    x[(0,) * len(shape)] = math.nan
+@pytest.mark.parametrize("shape", [(), (2, 0), (1,), (3, 5), (2, 3, 70)])
+def test_the_compiled_activation_is_torchs(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "threads", lambda: 3)
+    x, grad = torch.randn(shape), torch.randn(shape)
+    x.view(-1)[:5] = torch.tensor(SPECIAL)[: x.numel()]
+    grad.view(-1)[4:10:5] = math.inf  # of a negative number, and of any
     results = []
     for row in ("native", "reference"):
         given = x.clone().requires_grad_()
         y = ops.squared_relu(given, backend=row)
-        results.append((y, *torch.autograd.grad(y, given, torch.ones_like(y))))
+        results.append((y, *torch.autograd.grad(y, given, grad)))
     for a, b in zip(*results, strict=True):
-        assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+        assert torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
     strided = torch.randn(6, 4).mT
     assert torch.equal(ops.squared_relu(strided, backend="native"), F.relu(strided).square())
 
@@ -187,6 +207,20 @@ def test_the_activation_is_the_square_of_relu_and_its_derivative(device: torch.d
     x = torch.randn(4, 9, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.equal(ops.squared_relu(x), F.relu(x) ** 2)
     assert torch.autograd.gradcheck(ops.squared_relu, x)
+
+
+@pytest.mark.parametrize("towards", ["before", "now"])
+@pytest.mark.parametrize("row", ["reference", pytest.param("native", marks=COMPILED)])
+def test_a_mix_that_is_made_again_is_made_by_the_same_row(row: str, towards: str) -> None:
+    given = inputs(2, 30, 9, 3, False, dtype=torch.float32)
+    W = torch.randn(5, 9, requires_grad=True)
+    segments, gradients = random_segments(2, 30), []
+    for block in (contextlib.nullcontext(), ops.cheap_again()):
+        with block:
+            mixed, _ = run(given, False, towards=towards, segments=segments, backend=row)
+            y = sum(F.linear(x, W).square().sum() for x in mixed)
+        gradients.append(torch.autograd.grad(y, W)[0])
+    assert torch.equal(*gradients)
 
 
 @COMPILED
