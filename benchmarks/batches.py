@@ -3,7 +3,7 @@
     python benchmarks/batches.py [--models rwkv7-0.1b,rwkv4-169m] [--formats float32,bf16,int8,int4]
                                  [--threads 2] [--rounds 5] [--skip-training]
 
-rows        that decode together, one token each, every row with a state of its own; `prompt`: one of 512
+rows        that decode together, a token each, their states anywhere in a pool; `prompt`: one of 512
 tokens/s    of all rows together
 products    floating-point operations of the matrix products / (peak x time); peak: those per second of
             torch's float32 product of 2048 x 2048 matrices, the best in the same run
@@ -25,6 +25,7 @@ from training import SHAPES, Training, random_tokens
 
 from wkv.cli.bench import load_or_build
 from wkv.cli.common import ModelFlags
+from wkv.inference import StatePool
 from wkv.models import build
 from wkv.models.base import RWKV
 from wkv.training.memory import kept_memory
@@ -71,11 +72,13 @@ def rows_of(name: str, dtype: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     each = operations(model)
     tokens = torch.randint(model.config.vocab_size, (max(ROWS), PROMPT))
+    pool = StatePool(model, max(ROWS))
+    slots = torch.randperm(max(ROWS)).tolist()
     with torch.inference_mode():
         for B in ROWS:
-            _, state = model(tokens[:B, :4], output="last")
+            pieces = [(slot, [int(tokens[slot, 0])]) for slot in slots[:B]]
             best = peak()
-            took = seconds(lambda: model(tokens[:B, :1], state, output="last"), 4 * args.rounds)  # noqa: B023
+            took = seconds(lambda: pool.read(pieces), 4 * args.rounds)  # noqa: B023
             print(f"| {name} | {dtype} | {B} | {B / took:.1f} | {each * B / best / took:.2f} |", flush=True)
         took = seconds(lambda: model(tokens[:1], output="last"), args.rounds)
         head = 2 * model.config.n_embd * model.config.vocab_size  # once, for the last token
