@@ -11,6 +11,7 @@ from wkv.errors import InputError
 from wkv.inference.sampling import (
     Sampler,
     Sampling,
+    candidates,
     distribution,
     draw,
     is_exempt,
@@ -69,6 +70,33 @@ def test_the_distribution_is_that_of_the_official_package(official, monkeypatch,
     got = distribution(logits, Sampling(**settings))
     assert torch.equal(got > 0, expected > 0)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 300, WORLD])
+@pytest.mark.parametrize("kind", ["sure", "unsure", "untrained"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0},
+        {"top_p": 0.0},
+        {"top_p": 0.5, "temperature": 0.3},
+        {"top_p": 0.9999, "temperature": 2.0},
+        {"top_k": 40},
+        {"top_k": 5, "top_p": 0.9},
+        {"min_p": 0.05},
+        {"min_p": 0.2, "top_p": 0.99, "top_k": 1000},
+    ],
+    ids=str,
+)
+def test_the_candidates_are_the_tokens_of_the_distribution(settings, kind, size):
+    logits = logits_like(kind, size)
+    logits[size // 2 + 1 :] = -torch.inf
+    expected = distribution(logits, plain(**settings))
+    ids, probabilities = candidates(logits, plain(**settings))
+    assert ids.equal(ids.sort().values)
+    assert ids[probabilities > 0].equal(expected.nonzero()[:, 0])
+    torch.testing.assert_close(probabilities, expected[ids], rtol=1e-5, atol=1e-12)
 
 
 def test_greedy_text_under_penalties_is_that_of_the_official_package(official):

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from . import ops
     from .config import RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
     from .errors import Error
-    from .inference import Sampling, Session, generate
+    from .inference import Engine, Sampling, Session, generate
     from .loading import load, save
     from .models import build
     from .state import State
     from .training import TrainConfig, Trainer, parameter_groups
 
 __all__ = [
+    "Engine",
     "Error",
     "RWKV4Config",
     "RWKV5Config",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Engine": "inference",
     "Error": "errors",
     "RWKV4Config": "config",
     "RWKV5Config": "config",

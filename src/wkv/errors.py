@@ -59,3 +59,15 @@ class BackendError(Error):
 
 class MissingExtraError(Error):
     """A feature needs an optional dependency that is not installed."""
+
+
+class OverloadedError(Error):
+    """There is no room for one more request now; later there may be."""
+
+
+class DeadlineError(Error):
+    """The time that a request was given is over before its text is."""
+
+
+class ClosedError(Error):
+    """The engine that a request belongs to has stopped."""

@@ -18,7 +18,7 @@ import operator
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class Session:
         """
         if isinstance(text_or_tokens, str):
             text_or_tokens = self._text_tokenizer().encode(text_or_tokens)
-        tokens = _checked_ids(text_or_tokens, self.model.config.vocab_size)
+        tokens = checked_ids(text_or_tokens, self.model.config.vocab_size)
         self._now = self._after(self._now, tokens)
 
     def steps(
@@ -133,15 +133,15 @@ class Session:
         between documents; without such a token an empty prompt is an InputError.
         """
         vocab_size = self.model.config.vocab_size
-        _check_count("max_tokens", max_tokens)
+        check_count("max_tokens", max_tokens)
         if logprobs is not None:
-            _check_count("logprobs", logprobs)
-        stops = _checked_stops(stop)
+            check_count("logprobs", logprobs)
+        stops = checked_stops(stop)
         if stops:
             self._text_tokenizer()
         known = self.tokenizer.vocab_size if self.tokenizer else None
         sampler = Sampler(Sampling(**sampling), vocab_size, known)
-        last_tokens = _checked_ids(self._end_of_text if stop_tokens is None else stop_tokens, vocab_size)
+        last_tokens = checked_ids(self._end_of_text if stop_tokens is None else stop_tokens, vocab_size)
         if self._now.logits is None and not self._end_of_text:
             raise InputError("the prompt is empty: there is nothing to continue", "some text or token ids")
         return self._steps(max_tokens, stops, frozenset(last_tokens), logprobs, sampler)
@@ -225,7 +225,7 @@ class Session:
         if self._now.logits is None and max_tokens:
             self.feed(self._end_of_text)
         here = self._now
-        tail = _Tail(here, stops, self.tokenizer)
+        tail = Tail(here, stops, self.tokenizer)
         for left in reversed(range(max_tokens)):
             if self._now is not here:
                 raise InputError("the session was used while it generates", advice="fork() it first")
@@ -279,14 +279,18 @@ def generate(
     return session.generate(max_tokens, stop, **options)
 
 
-class _Tail:
+P = TypeVar("P")
+
+
+class Tail(Generic[P]):
     """The newest generated text, from the last token boundary that a stop string may send us back to.
 
     Of `text`, the first `sent` characters are with the caller. Each of `marks` is a boundary between two
-    tokens that is also one between two characters: its place in `text`, and the position there.
+    tokens that is also one between two characters: its place in `text`, and the position there, which is
+    whatever the caller needs to go back.
     """
 
-    def __init__(self, position: _Position, stops: tuple[str, ...], tokenizer: Tokenizer | None) -> None:
+    def __init__(self, position: P, stops: tuple[str, ...], tokenizer: Tokenizer | None) -> None:
         self._stops = stops
         self._longest = max(map(len, stops), default=1)
         self._decoder = tokenizer.stream_decoder() if tokenizer else None
@@ -307,7 +311,7 @@ class _Tail:
         complete = [(place + len(stop), place) for place, stop in places if place >= 0]
         return min(complete)[1] if complete else None
 
-    def mark(self, position: _Position) -> None:
+    def mark(self, position: P) -> None:
         """The session stands at `position` now, after the newest token."""
         incomplete, _ = self._utf8.getstate()
         if not incomplete:
@@ -329,7 +333,7 @@ class _Tail:
         """All the text that is left; half a character becomes U+FFFD."""
         return self._text[self._sent :] + (self._decoder.finish() if self._decoder else "")
 
-    def cut(self, place: int) -> tuple[str, _Position, str]:
+    def cut(self, place: int) -> tuple[str, P, str]:
         """For a stop string at `place`: the text before it not yet sent, the last mark at or before it,
         and the text from that mark to `place`, which must be read again."""
         start, position = next(mark for mark in reversed(self._marks) if mark[0] <= place)
@@ -340,7 +344,7 @@ class _Tail:
         return n == 0 or any(stop.startswith(self._text[-n:]) for stop in self._stops)
 
 
-def _checked_ids(tokens: Iterable[int], vocab_size: int) -> list[int]:
+def checked_ids(tokens: Iterable[int], vocab_size: int) -> list[int]:
     if isinstance(tokens, bytes | bytearray) or not isinstance(tokens, Iterable):
         raise InputError(f"the input is of type {type(tokens).__name__}", "text, or token ids")
     ids = []
@@ -355,7 +359,7 @@ def _checked_ids(tokens: Iterable[int], vocab_size: int) -> list[int]:
     return ids
 
 
-def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+def checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for text in stops:
         if not isinstance(text, str) or not text:
@@ -363,7 +367,7 @@ def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     return stops
 
 
-def _check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise InputError(f"{name} is {value!r}", "a whole number from 0 up")
 

@@ -182,6 +182,20 @@ class CompiledModel:
         y = reading.laid_out(native.converted(y, self.dtype), output)
         return y.view(len(tokens), -1, y.shape[1]), StackedState(after, self)
 
+    def read_in_place(self, tokens: Tensor, lengths: Tensor, slots: Tensor, states: LayerState) -> Tensor:
+        """Read pieces of several sequences: the logits (n, V) after each one's last token, in the model's
+        dtype.
+
+        tokens   (N,) int64, checked: piece after piece, without padding
+        lengths  (n,) int64, the tokens of each, at least one
+        slots    (n,) int64, all different: the rows of `states` that they go on from, and change
+        states   as `State.stacked` has them
+        """
+        y = torch.empty(len(lengths), self._vocabulary)
+        done = self._engine.run(tokens, states, states, "last", y, lengths=lengths, slots=(slots, slots))
+        assert done, "a token is out of the vocabulary"
+        return native.converted(y, self.dtype)
+
 
 def _inside(model: RWKV) -> list[nn.Module]:
     """Its layers; not the model itself, which would never be let go by one who holds it."""
