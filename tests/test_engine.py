@@ -13,6 +13,7 @@ from small_models import CONFIGS, random_tokens, small_model
 
 from wkv.errors import ClosedError, DeadlineError, InputError, OverloadedError, StateError, TokenizerError
 from wkv.inference import Engine, Generation, Session, StatePool, Step
+from wkv.inference.scheduler import Scheduler
 from wkv.models import RWKV
 from wkv.ops import native, use_backend
 from wkv.state import State
@@ -342,3 +343,16 @@ def test_a_closed_engine_ends_its_requests_and_takes_no_more() -> None:
             list(generation)
     with pytest.raises(ClosedError):
         engine.submit([1])
+
+
+def test_a_defect_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(model(), slots=1) as engine:
+        generation = engine.submit([1], max_tokens=10**6, stop_tokens=())
+        next(generation)
+        monkeypatch.setattr(Scheduler, "plan", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(generation)
+        with pytest.raises(ClosedError):
+            engine.submit([1])
+    with pytest.raises(ClosedError):
+        engine.__enter__()

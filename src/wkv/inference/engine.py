@@ -231,11 +231,11 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        with self._changed:
-            for request in list(self._requests.values()):
-                self._end(request, ClosedError("the engine was closed before the text was complete"))
+        self._end_all(ClosedError("the engine was closed before the text was complete"))
 
     def __enter__(self) -> Self:
+        if self._is_closed:
+            raise ClosedError("the engine is closed", advice="another one")
         self._thread = threading.Thread(target=self._run, name="wkv-engine", daemon=True)
         self._thread.start()
         return self
@@ -350,14 +350,23 @@ class Engine:
                 self._end(request)
                 request.give(None)
 
+    def _end_all(self, error: BaseException) -> None:
+        with self._changed:
+            self._is_closed = True
+            for request in list(self._requests.values()):
+                self._end(request, error)
+
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._requests and not self._is_closed:
-                    self._changed.wait()
-                if self._is_closed:
-                    return
-            self.step()
+        try:
+            while True:
+                with self._changed:
+                    while not self._requests and not self._is_closed:
+                        self._changed.wait()
+                    if self._is_closed:
+                        return
+                self.step()
+        except BaseException as error:  # a defect of the engine itself: nobody is to wait for ever
+            self._end_all(error)
 
     def _run_until(self, generation: Generation) -> None:
         """Until it has something to say. With a thread at work that is not ours to do."""
