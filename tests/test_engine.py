@@ -167,7 +167,11 @@ def test_a_request_goes_on_from_a_state_which_stays_as_it_is() -> None:
     state = session.state
     kept = state.clone()
     engine = Engine(made, slots=1)
-    found = list(engine.submit([4], state=state, max_tokens=8, temperature=0))
+    generation = engine.submit([4], state=state, max_tokens=8, temperature=0)
+    for tensor in state.tensors().values():
+        tensor.zero_()  # the caller's own, and what it does later is not seen
+    found = list(generation)
+    state = kept.clone()
     assert [step.token for step in found] == [
         s.token for s in alone(made, [4], state, max_tokens=8, temperature=0)
     ]
@@ -286,6 +290,9 @@ def test_a_step_that_fails_ends_those_who_took_part_and_the_engine_goes_on(
         patch.setattr(StatePool, "read", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
         with pytest.raises(MemoryError):
             next(a)
+        for generation in engine.samples(2, [1], max_tokens=5):
+            with pytest.raises(MemoryError):
+                next(generation)
     assert len(list(engine.submit([1], max_tokens=5, stop_tokens=()))) == 5
 
 

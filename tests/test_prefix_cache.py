@@ -69,6 +69,38 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
     assert it.nbytes <= 5000
 
 
+def test_a_value_on_the_way_and_a_text_without_one_count_as_used() -> None:
+    it = cache(budget=10_000)
+    it.store("key", [1], "on the way", 1000)
+    it.find("key", [7, 7])
+    it.store("key", [2], "unused", 1000)
+    it.find("key", [1, 1])
+    it.find("key", [7, 7])
+    it.budget = it.nbytes - 1
+    it.find("key", [1, 1])
+    assert it.find("key", [7, 8]).borders == [1]
+    assert it.find("key", [1]).value == "on the way"
+    assert it.find("key", [2]).value is None
+
+
+def test_what_is_left_of_a_branch_takes_no_more_than_if_it_had_never_parted() -> None:
+    it = cache()
+    it.store("key", [1, 2, 3], "x", 10)
+    alone = it.nbytes
+    it.find("key", [1, 2, 9])
+    it.budget = alone
+    it.find("key", [1, 2, 3])
+    assert it.nbytes == alone
+    assert it.find("key", [1, 2, 3]).value == "x"
+
+
+def test_a_key_without_tokens_is_forgotten_too() -> None:
+    it = cache(budget=5000)
+    for i in range(1000):
+        it.find(f"key {i}", [])
+    assert it.nbytes <= 5000
+
+
 def test_what_is_larger_than_the_budget_is_not_kept_and_throws_nothing_out() -> None:
     it = cache(budget=5000)
     it.store("key", [1], "small", 1000)

@@ -247,6 +247,7 @@ class Simulation:
         for name, slot in plan.leaving:
             client = self.clients[str(name)]
             assert (client.place, client.slot) == ("slot", slot)
+            assert client.read == client.n_prompt, "a reader made room"
             client.place = "line"
         for name, slot in plan.entering:
             client = self.clients[str(name)]
