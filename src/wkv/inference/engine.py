@@ -371,7 +371,7 @@ class Engine:
     def _run_until(self, generation: Generation) -> None:
         """Until it has something to say. With a thread at work that is not ours to do."""
         while self._thread is None and generation._events.empty():
-            if not self.step() and generation._events.empty():
+            if not self.step() and self._thread is None and generation._events.empty():
                 raise AssertionError("the engine has lost a request")
 
     @property
