@@ -388,6 +388,7 @@ def test_products_of_any_size_and_layout(dtype: torch.dtype, data: st.DataObject
     if data.draw(st.booleans()):
         inputs += 1024  # more than are multiplied at a time
     rows, by_input = data.draw(st.integers(1, 60)), data.draw(st.booleans())
+    rows += data.draw(st.sampled_from([0, 0, 190]))  # more than are packed at a time
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     # As slices of something larger that is no number: nothing beyond the edges may be read.
     shape = (inputs + 2, outputs) if by_input else (outputs + 2, inputs)
