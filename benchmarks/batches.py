@@ -15,11 +15,10 @@ products count three times (forward, and a gradient for x and for W each).
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
 
 import torch
+from scaling import seconds
 from training import CONFIGS as TRAINED
 from training import SHAPES, Training, random_tokens
 
@@ -33,17 +32,6 @@ from wkv.training.memory import kept_memory
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 PROMPT = 512
 SIDE = 2048
-
-
-def seconds(run: Callable[[], object], rounds: int) -> float:
-    """The median, after one run to warm up."""
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def peak() -> float:

@@ -261,8 +261,10 @@ def test_a_full_line_refuses_samples_as_a_whole() -> None:
     engine = Engine(model(), slots=1, max_waiting=3)
     engine.samples(2, [1])
     with pytest.raises(OverloadedError):
-        engine.samples(3, [1])
-    engine.samples(2, [1])
+        engine.samples(2, [1])  # one waits, and one that it reads for will
+    engine.submit([1])
+    with pytest.raises(OverloadedError):
+        engine.submit([1])
 
 
 def test_one_row_that_fails_harms_no_other() -> None:

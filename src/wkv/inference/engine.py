@@ -254,7 +254,8 @@ class Engine:
         with self._changed:
             if self._is_closed:
                 raise ClosedError("the engine is closed")
-            self._scheduler.check_room(len(requests))
+            expected = sum(request.leader is not None for request in self._requests.values())
+            self._scheduler.check_room(len(requests) + expected)
             self._stand_in_line(leader, len(leader.prompt))
             self._requests.update((request.generation, request) for request in requests)
             self._changed.notify()
