@@ -81,7 +81,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if native.takes(x, self.weight):
             return native.normalized(x, self.weight, self.bias, self.eps)
-        if torch.is_autocast_enabled(x.device.type):  # the backward pass runs without it: another dtype
+        if torch.is_autocast_enabled(x.device.type):  # on a GPU it norms in float32, the backward pass not
             return super().forward(x)
         return cheap(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
 
